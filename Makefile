@@ -1,0 +1,82 @@
+# The one list of commands. CI, pre-commit and the README call these and nothing else.
+
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SOURCES := helixflow tests perf engines
+APT := $(if $(filter 0,$(shell id -u)),apt-get,)
+
+.DEFAULT_GOAL := help
+.PHONY: help build build-dev serve test test-rust test-python lint fmt bench certs proto demo-model constraints clean system
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/.base: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet maturin
+	touch $@
+
+build: $(VENV)/.base ## the extension (release profile) and the package, into .venv
+	$(BIN)/maturin develop --quiet --release
+
+build-dev: $(VENV)/.base
+	$(BIN)/maturin develop --quiet --extras test,lint
+
+serve: build ## certificates, demo model, all services; Ctrl-C stops them
+	$(BIN)/helixflow serve --profile development
+
+test: test-rust test-python ## everything: cargo's and pytest's
+
+test-rust:
+	cargo test --workspace --exclude core_rs
+
+test-python: build-dev system
+	$(BIN)/python -m pytest
+
+# What the tests drive and Debian ships; without root they must be there already.
+system:
+	@missing=""; for tool in curl openssl; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -n "$$missing" ] && [ -n "$(APT)" ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing ca-certificates; \
+	elif [ -n "$$missing" ]; then echo "tests that need them are skipped; install:$$missing"; fi
+
+lint: build-dev ## ruff, mypy --strict, the stub against the built module, clippy, formats
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest helixflow.core_rs --allowlist tests/stubtest-allowlist.txt
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+fmt: $(VENV)/.base ## formats everything
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+	cargo fmt --all
+
+bench: $(VENV)/.base ## measures; writes perf/results/
+	$(BIN)/maturin develop --quiet --release --extras bench
+	cargo build --release --package helix-loadgen
+	$(BIN)/python perf/bench.py
+
+certs: build ## the certificates of all services, into certs/
+	$(BIN)/helixflow pki init
+
+proto: ## compiles the protos (the build does it too) and lists their services
+	cargo build --package helix-wire
+
+demo-model: $(VENV)/.base ## trains engines/demo anew (about an hour)
+	$(BIN)/python -m pip install --quiet jax optax safetensors tokenizers
+	$(BIN)/python engines/train_demo.py
+
+constraints: ## newest allowed Python packages into constraints.txt
+	rm -rf .build/lock && $(PYTHON) -m venv .build/lock
+	PIP_CONSTRAINT= .build/lock/bin/python -m pip install --quiet maturin '.[test,lint,bench]'
+	(head -n 1 constraints.txt; .build/lock/bin/python -m pip freeze --exclude helixflow) > .build/constraints.txt
+	mv .build/constraints.txt constraints.txt
+
+clean: ## build outputs; keeps certificates and engines
+	cargo clean
+	rm -rf $(VENV) .build .mypy_cache .ruff_cache .pytest_cache .hypothesis helixflow/core_rs*.so

@@ -1,0 +1,7 @@
+"""`python -m helixflow`."""
+
+import sys
+
+from helixflow.cli import main
+
+sys.exit(main())

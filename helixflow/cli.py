@@ -1,0 +1,180 @@
+"""The command line. A command's code is imported when the command runs, so that `--help` is instant."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from helixflow import __version__
+from helixflow.config import Config, load
+from helixflow.errors import HelixError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Each leaf sets `run`, a function of the parsed arguments."""
+    import helixflow.engine.cli
+    import helixflow.pki.cli
+
+    parser = argparse.ArgumentParser(prog="helixflow", description="A self-hosted AI inference platform.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _service(commands, "serve", "run every service of this machine in the foreground", _serve)
+    _service(commands, "gateway", "run the api-gateway alone", _gateway)
+    _service(commands, "pool", "run the inference-pool alone", _pool)
+    helixflow.pki.cli.add_parser(commands)
+    helixflow.engine.cli.add_parser(commands)
+    _config(commands)
+    version = commands.add_parser("version", help="print the version", description="Print the version.")
+    version.add_argument("--json", action="store_true", help="as JSON, with the versions of the main parts")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except HelixError as error:
+        print(f"helixflow: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _service(commands: Any, name: str, text: str, run: Any) -> None:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--config", metavar="FILE", help="TOML file (default: HELIX_CONFIG)")
+    parser.add_argument("--profile", choices=("production", "development"), help="overrides the configuration")
+    if name != "gateway":
+        parser.add_argument(
+            "--model", metavar="DIR", help="checkpoint to serve (default: HELIX_MODEL, or the demo model)"
+        )
+    parser.set_defaults(run=run)
+
+
+def _load(options: argparse.Namespace) -> Config:
+    """The configuration. Options become environment variables, so that child processes see them too."""
+    for name, variable in (("config", "HELIX_CONFIG"), ("profile", "HELIX_PROFILE"), ("model", "HELIX_MODEL")):
+        if getattr(options, name, None):
+            os.environ[variable] = getattr(options, name)
+    return load()
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from helixflow import log, supervisor
+
+    config = _load(options)
+    log.setup(config.log, "supervisor")
+    return supervisor.run(config, lambda line: print(line, flush=True))
+
+
+def _gateway(options: argparse.Namespace) -> int:
+    from helixflow import log
+    from helixflow.gateway import server
+    from helixflow.process import die_with_parent
+
+    config = _load(options)
+    if "HELIXFLOW_READY_FD" in os.environ:
+        die_with_parent()
+    log.setup(config.log, "api-gateway")
+    return server.run(config)
+
+
+def _pool(options: argparse.Namespace) -> int:
+    from helixflow import log
+    from helixflow.pool import service
+    from helixflow.process import die_with_parent
+
+    config = _load(options)
+    if "HELIXFLOW_READY_FD" in os.environ:
+        die_with_parent()
+    log.setup(config.log, "inference-pool")
+    return service.run(config)
+
+
+def _config(commands: Any) -> None:
+    text = "check the configuration, make a key"
+    parser = commands.add_parser("config", help=text, description=text[0].upper() + text[1:] + ".")
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    check = actions.add_parser(
+        "check",
+        help="print the effective configuration, secrets masked",
+        description="Read file and environment, print the effective configuration with secrets masked. "
+        "Exit status 64 and every problem when it is wrong.",
+    )
+    check.add_argument("--config", metavar="FILE", help="TOML file (default: HELIX_CONFIG)")
+    check.add_argument("--json", action="store_true", help="as JSON")
+    check.set_defaults(run=_check)
+    key = actions.add_parser(
+        "new-key",
+        help="make an API key: the key, and the line for the configuration that holds its hash",
+        description="Make an API key. The key is shown once; only its SHA-256 goes into the configuration.",
+    )
+    key.add_argument("name", help="who or what the key is for")
+    key.set_defaults(run=_new_key)
+    options = actions.add_parser(
+        "options", help="list every option with its default", description="List every option with its default."
+    )
+    options.set_defaults(run=_options)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from helixflow import config
+
+    described = config.describe(config.load(Path(options.config) if options.config else None))
+    if options.json:
+        print(json.dumps(described, indent=2))
+        return 0
+    for name, value in described.items():
+        if isinstance(value, dict):
+            print(f"\n[{name}]")
+            for key, item in value.items():
+                print(f"{key} = {json.dumps(item)}")
+        else:
+            print(f"{name} = {json.dumps(value)}")
+    return 0
+
+
+def _options(_options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from helixflow import config
+
+    sections: dict[str, type[Any]] = {"": config.Config, **config.SECTIONS}
+    for section, cls in sections.items():
+        for field in dataclasses.fields(cls):
+            if "doc" in field.metadata:
+                name = f"{section}.{field.name}" if section else field.name
+                variable = field.metadata["env"] or "HELIX_" + name.replace(".", "_").upper()
+                print(f"{name} ({variable})\n    {field.metadata['doc']}")
+    return 0
+
+
+def _new_key(options: argparse.Namespace) -> int:
+    import hashlib
+    import secrets
+
+    key = "hf-" + secrets.token_urlsafe(32)
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    print(f"key     {key}")
+    print(f'config  [gateway]\n        keys = [{{name = "{options.name}", sha256 = "{digest}"}}]')
+    print(f"or      HELIX_GATEWAY_KEYS={options.name}:{digest}")
+    return 0
+
+
+def _version(options: argparse.Namespace) -> int:
+    import platform
+    from importlib import metadata
+
+    if not options.json:
+        print(f"helixflow {__version__}")
+        return 0
+    versions = {"helixflow": __version__, "python": platform.python_version()}
+    for name in ("granian", "numpy", "onnxruntime"):
+        versions[name] = metadata.version(name)
+    print(json.dumps(versions))
+    return 0

@@ -1,0 +1,264 @@
+"""The configuration: every value declared once, with its documentation.
+
+Order: built-in default, then the TOML file, then the environment (`HELIX_<SECTION>_<OPTION>`).
+"""
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from helixflow.errors import ConfigError
+from helixflow.options import Address, Reader, StaticKey, between, one_of, option
+
+UNSET = Path()
+PACKAGE = Path(__file__).resolve().parent
+DEVELOPMENT_KEY = "demo-key"
+DEVELOPMENT_ALIASES = ("gpt-4", "gpt-3.5-turbo")
+SERVICES = ("api-gateway", "auth-service", "inference-pool", "monitoring")
+
+
+def checkout() -> Path | None:
+    """The source checkout this package runs from, or None when it is installed elsewhere."""
+    root = PACKAGE.parent
+    return root if (root / "core_rs" / "Cargo.toml").is_file() else None
+
+
+def default_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """State directory: HELIX_HOME, else the user's data directory."""
+    if environ.get("HELIX_HOME"):
+        return Path(environ["HELIX_HOME"]).expanduser()
+    base = environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(base).expanduser() / "helixflow"
+
+
+def default_certs_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Certificates: HELIX_CERTS, else `certs/` of the checkout, else under the state directory."""
+    if environ.get("HELIX_CERTS"):
+        return Path(environ["HELIX_CERTS"]).expanduser()
+    root = checkout()
+    return root / "certs" if root else default_home(environ) / "certs"
+
+
+def default_engines_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Built engines: HELIX_ENGINES, else `engines/` of the checkout, else under the state directory."""
+    if environ.get("HELIX_ENGINES"):
+        return Path(environ["HELIX_ENGINES"]).expanduser()
+    root = checkout()
+    return root / "engines" if root else default_home(environ) / "engines"
+
+
+def demo_model_dir() -> Path | None:
+    """The demo model: it comes with the checkout, not with an installed wheel."""
+    root = checkout()
+    return root / "engines" / "demo" if root else None
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """How the services write their logs (standard error)."""
+
+    level: str = option("info", "lowest level written", check=one_of("debug", "info", "warning", "error"))
+    format: str = option(
+        "auto",
+        "json, console, or auto (console on a terminal, json otherwise)",
+        check=one_of("auto", "json", "console"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """The HTTPS endpoint."""
+
+    listen: Address = option(Address("127.0.0.1", 8443), "address of the HTTPS endpoint")
+    workers: int = option(1, "Granian worker processes", check=between(1, 256))
+    pools: tuple[Address, ...] = option((Address("127.0.0.1", 8501),), "addresses of the inference pools")
+    keys: tuple[StaticKey, ...] = option((), "API keys: name and SHA-256 of each", secret=True)
+    cors_origins: tuple[str, ...] = option((), "origins that browsers may call from; empty: CORS is off")
+    max_body_bytes: int = option(4 * 1024 * 1024, "largest request body (bytes)", check=between(1024, 1 << 30))
+    keepalive_s: float = option(15.0, "a silent stream gets a comment this often (seconds)", check=between(0.05, 3600))
+    drain_timeout_s: float = option(30.0, "streams may run this long after SIGTERM (seconds)", check=between(0, 3600))
+    request_timeout_ms: int = option(
+        120_000, "a request that no slot took up by then is refused (milliseconds)", check=between(1, 86_400_000)
+    )
+    backlog: int = option(1024, "TCP accept queue of the listener", check=between(16, 65535))
+    max_connections: int = option(4096, "open connections per worker, idle ones included", check=between(1, 1_000_000))
+    stream_buffer_bytes: int = option(
+        65536, "unread output kept per stream before its sequence is parked (bytes)", check=between(4096, 1 << 26)
+    )
+    plain_http: bool = option(False, "serve HTTP without TLS: development profile on a loopback address only")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """The inference pool: one model on one engine."""
+
+    listen: Address = option(Address("127.0.0.1", 8501), "address of the gRPC server")
+    model: Path = option(Path(), "checkpoint directory (Hugging Face layout); empty: the demo model", env="HELIX_MODEL")
+    model_id: str = option("", "name of the model in the API; empty: the directory's name")
+    aliases: tuple[str, ...] = option((), "further names of the model in the API")
+    engine: str = option(
+        "onnx", "onnx, or scripted (tokens from a script; for tests)", check=one_of("onnx", "scripted")
+    )
+    precision: str = option("fp32", "weights of the onnx engine", check=one_of("fp32", "int8", "int4"))
+    slots: int = option(16, "sequences that run at once", check=between(1, 1024))
+    max_len: int = option(0, "positions of a slot; 0: what the model was trained for", check=between(0, 1 << 20))
+    threads: int = option(0, "engine threads; 0: one per core", check=between(0, 1024))
+    step_tokens: int = option(512, "most tokens in one engine step", check=between(1, 1 << 20))
+    queue_requests: int = option(1024, "most sequences that wait", check=between(1, 1 << 20))
+    queue_tokens: int = option(1 << 20, "most prompt tokens that wait", check=between(1, 1 << 30))
+    prefix_reuse: bool = option(True, "start a request from the longest prefix any slot holds")
+    stall_timeout_ms: int = option(60_000, "a reader may stall this long (milliseconds)", check=between(10, 86_400_000))
+    default_timeout_ms: int = option(
+        120_000, "deadline to the first step when a call brings none (milliseconds)", check=between(1, 86_400_000)
+    )
+    drain_timeout_s: float = option(30.0, "requests may run this long after SIGTERM (seconds)", check=between(0, 3600))
+    script_step_ms: float = option(0.0, "scripted engine: duration of a step (milliseconds)", check=between(0, 60_000))
+    script_tokens: int = option(
+        0, "scripted engine: tokens before it ends; 0: as many as asked for", check=between(0, 1 << 20)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SuperviseConfig:
+    """How `helixflow serve` keeps its services up."""
+
+    ready_timeout_s: float = option(120.0, "a service must be ready within this time (seconds)", check=between(1, 3600))
+    backoff_min_s: float = option(0.2, "first pause before a restart (seconds)", check=between(0.01, 60))
+    backoff_max_s: float = option(10.0, "longest pause before a restart (seconds)", check=between(0.01, 600))
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole configuration."""
+
+    profile: str = option(
+        "production",
+        "production, or development: loopback only, knows the key demo-key",
+        check=one_of("production", "development"),
+    )
+    home: Path = option(Path(), "state directory; empty: the user's data directory")
+    certs: Path = option(Path(), "certificate directory; empty: certs/ of the checkout, else under home")
+    engines: Path = option(Path(), "built engines; empty: engines/ of the checkout, else under home")
+    log: LogConfig = field(default_factory=LogConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
+
+    @property
+    def development(self) -> bool:
+        """True in the development profile."""
+        return self.profile == "development"
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "log": LogConfig,
+    "gateway": GatewayConfig,
+    "pool": PoolConfig,
+    "supervise": SuperviseConfig,
+}
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """Reads the file (default: HELIX_CONFIG) and the environment. Raises ConfigError with every problem."""
+    if path is None and environ.get("HELIX_CONFIG"):
+        path = Path(environ["HELIX_CONFIG"])
+    document = _read(path) if path else {}
+    environ = {name: value for name, value in environ.items() if name != "HELIX_CONFIG"}
+    reader = Reader(document, environ, str(path) if path else "configuration")
+    config = reader.section(Config, "")
+    sections = {name: reader.section(cls, name) for name, cls in SECTIONS.items()}
+    reader.unknown(set(SECTIONS))
+    config = dataclasses.replace(config, **sections)
+    problems = reader.problems + _cross_check(config)
+    if problems:
+        raise ConfigError(problems)
+    return _resolve(config, environ)
+
+
+def model_of(config: Config) -> Path:
+    """The checkpoint to serve. Raises ConfigError when there is none to fall back on."""
+    if config.pool.model == UNSET:
+        raise ConfigError(
+            ["pool.model: this installation has no demo model; set HELIX_MODEL to a checkpoint directory"]
+        )
+    return config.pool.model
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read ({error.strerror})"]) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: is not TOML: {error}"]) from None
+
+
+def _cross_check(config: Config) -> list[str]:
+    """Rules over several values: what is open to whom."""
+    problems = []
+    for name, address in (("gateway.listen", config.gateway.listen), ("pool.listen", config.pool.listen)):
+        if config.development and not address.loopback:
+            problems.append(
+                f"{name}: {address} is not a loopback address, and the development profile knows a public key; "
+                'set profile = "production" (HELIX_PROFILE) to listen there'
+            )
+    if config.gateway.plain_http and not (config.development and config.gateway.listen.loopback):
+        problems.append(
+            "gateway.plain_http: HTTP without TLS exists only in the development profile on a loopback address"
+        )
+    if not config.gateway.pools:
+        problems.append("gateway.pools: at least one address is needed")
+    if config.supervise.backoff_min_s > config.supervise.backoff_max_s:
+        problems.append("supervise.backoff_min_s: must not be larger than supervise.backoff_max_s")
+    names = [key.name for key in config.gateway.keys]
+    problems += [
+        f"gateway.keys: the name {name!r} stands twice" for name in sorted({n for n in names if names.count(n) > 1})
+    ]
+    return problems
+
+
+def _resolve(config: Config, environ: Mapping[str, str]) -> Config:
+    """Fills in the defaults that depend on other values."""
+    home = config.home if config.home != UNSET else default_home(environ)
+    environ = {**environ, "HELIX_HOME": str(home)}
+    pool = config.pool
+    demo = demo_model_dir()
+    if pool.model == UNSET and demo:
+        aliases = pool.aliases or (DEVELOPMENT_ALIASES if config.development else ())
+        pool = dataclasses.replace(pool, model=demo, model_id=pool.model_id or "helixflow-demo", aliases=aliases)
+    elif pool.model != UNSET and not pool.model_id:
+        pool = dataclasses.replace(pool, model_id=pool.model.resolve().name)
+    return dataclasses.replace(
+        config,
+        home=home,
+        certs=config.certs if config.certs != UNSET else default_certs_dir(environ),
+        engines=config.engines if config.engines != UNSET else default_engines_dir(environ),
+        pool=pool,
+    )
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The effective configuration as plain data, secrets masked."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, (Path, Address)) else value
+
+    def table(section: Any) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for entry in dataclasses.fields(section):
+            value = getattr(section, entry.name)
+            if entry.metadata.get("secret"):
+                out[entry.name] = [f"{key.name}:***" for key in value]
+            else:
+                out[entry.name] = (
+                    table(value) if dataclasses.is_dataclass(value) and entry.name in SECTIONS else plain(value)
+                )
+        return out
+
+    return table(config)

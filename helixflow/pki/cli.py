@@ -1,0 +1,286 @@
+"""`helixflow pki`: certificates of an installation. What a command needs is imported when it runs."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helixflow.pki.errors import PkiError
+from helixflow.pki.layout import Layout
+
+if TYPE_CHECKING:
+    from helixflow.pki.keys import KeyType
+
+KEY_TYPES = ("rsa-4096", "ecdsa-p256")
+DUE_DAYS = 30
+"""`renew` without a name replaces what ends within this many days."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `pki` and its commands. Each sets `run`."""
+    text = "make, renew, revoke and check the certificates of the services"
+    pki = subparsers.add_parser("pki", help=text, description=text[0].upper() + text[1:] + ".")
+    commands = pki.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    init = _command(
+        commands,
+        "init",
+        _init,
+        "make every file that is missing",
+        "Make the CA, the certificates of the four services and the keys of access tokens, as far as they are missing. "
+        "Nothing that exists is overwritten.",
+    )
+    _making(init, "the CA's, rsa-4096 for a new CA")
+
+    issue = _command(
+        commands,
+        "issue",
+        _issue,
+        "make the certificates of one more service",
+        "Make a server and a client certificate, with keys, for a service that has none.",
+    )
+    issue.add_argument("name", metavar="NAME", help="the service")
+    _making(issue, "the CA's")
+
+    renew = _command(
+        commands,
+        "renew",
+        _renew,
+        "replace certificates and keys, sign the revocation list anew",
+        f"Replace certificates and keys: of the named services, of all (--all), or, with neither, what ends within "
+        f"{DUE_DAYS} days. Running services pick the new files up. A revocation list is signed anew as well, so run "
+        "this at least monthly once there is one.",
+    )
+    renew.add_argument("names", metavar="NAME", nargs="*", help="the services")
+    renew.add_argument("--all", action="store_true", help="every service")
+    renew.add_argument("--within", type=_days, metavar="DAYS", help="only certificates that end within so many days")
+    _making(renew, "that of the old certificate")
+
+    revoke = _command(
+        commands,
+        "revoke",
+        _revoke,
+        "refuse a service's certificates from now on",
+        "Put certificates on the revocation list: both of a service as they are now, or one by its serial number. "
+        "Running services pick the list up.",
+    )
+    revoke.add_argument("name", metavar="NAME", nargs="?", help="the service")
+    revoke.add_argument("--serial", type=_serial, metavar="HEX", help="serial number, as `show` prints it")
+
+    verify = _command(
+        commands,
+        "verify",
+        _verify,
+        "check every file; exit status 1 when one fails",
+        "Check chain, dates, names, usage, keys, permissions, the revocation list and the token keys. Say which file "
+        "fails and why; exit status 1 when one does.",
+    )
+    verify.add_argument("--json", action="store_true", help="as JSON")
+
+    show = _command(
+        commands,
+        "show",
+        _show,
+        "print what is in the certificates",
+        "Print the certificates of one service, or of all and the CA.",
+    )
+    show.add_argument("name", metavar="NAME", nargs="?", help="the service")
+    show.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs a parsed command. Errors go to standard error; returns the exit status."""
+    directory: Path | None = options.dir
+    if directory is None:
+        from helixflow.config import default_certs_dir
+
+        directory = default_certs_dir()
+    try:
+        status: int = options.command(Layout(directory), options)
+    except PkiError as error:
+        print(f"helixflow pki: {error}", file=sys.stderr)
+        return error.exit_status
+    return status
+
+
+def _command(
+    commands: Any,
+    name: str,
+    command: Callable[[Layout, argparse.Namespace], int],
+    text: str,
+    description: str,
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=description)
+    parser.add_argument(
+        "--dir", type=Path, metavar="DIR", help="certificate directory (default: HELIX_CERTS, or certs/)"
+    )
+    parser.set_defaults(run=run, command=command)
+    return parser
+
+
+def _making(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--key-type", choices=KEY_TYPES, help=f"kind of the new keys (default: {default})")
+    parser.add_argument(
+        "--san",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="one more DNS name or address in the certificates made now; may be repeated",
+    )
+    parser.add_argument(
+        "--days", type=_days, default=365, metavar="DAYS", help="how long they are valid (default: 365)"
+    )
+
+
+def _days(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 3650:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a number of days from 1 to 3650")
+    return int(text)
+
+
+def _serial(text: str) -> int:
+    try:
+        number = int(text.replace(":", ""), 16)
+    except ValueError:
+        number = 0
+    if not 0 < number < 1 << 160:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a serial number in hex")
+    return number
+
+
+def _key_type(options: argparse.Namespace) -> "KeyType | None":
+    from helixflow.pki.keys import KeyType
+
+    return KeyType(options.key_type) if options.key_type else None
+
+
+def _progress(finished: int, total: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if finished == total else ""
+        print(f"\rgenerating keys: {finished} of {total}", end=end, file=sys.stderr, flush=True)
+
+
+def _init(layout: Layout, options: argparse.Namespace) -> int:
+    from helixflow.pki import issue
+
+    made = issue.init(layout, key_type=_key_type(options), san=options.san, days=options.days, progress=_progress)
+    for path in made:
+        print(f"made {path}")
+    if not made:
+        print(f"nothing to do: every file is in {layout.directory} already")
+    if options.san and not any(path.suffix == ".crt" for path in made):
+        names = " ".join(f"--san {name}" for name in options.san)
+        print(f"certificates that exist keep their names; to add some: helixflow pki renew --all {names}")
+    return 0
+
+
+def _issue(layout: Layout, options: argparse.Namespace) -> int:
+    from helixflow.pki import issue
+
+    for path in issue.issue(
+        layout, options.name, key_type=_key_type(options), san=options.san, days=options.days, progress=_progress
+    ):
+        print(f"made {path}")
+    return 0
+
+
+def _renew(layout: Layout, options: argparse.Namespace) -> int:
+    from helixflow.pki import rotate
+
+    if options.all and options.names:
+        raise PkiError(None, "names and --all exclude each other", "Give either.")
+    due_only = not options.all and not options.names
+    replaced = rotate.renew(
+        layout,
+        options.names,
+        within_days=options.within if options.within is not None else (DUE_DAYS if due_only else None),
+        key_type=_key_type(options),
+        san=options.san,
+        days=options.days,
+        progress=_progress,
+    )
+    for pair in replaced:
+        print(f"renewed {pair.cert} and {pair.key.name}")
+    if not replaced:
+        print("nothing to renew: no certificate ends that soon")
+    if layout.crl.exists():
+        print(f"signed {layout.crl}")
+    return 0
+
+
+def _revoke(layout: Layout, options: argparse.Namespace) -> int:
+    from helixflow.pki import rotate
+    from helixflow.pki.show import hex_serial
+
+    if (options.name is None) == (options.serial is None):
+        raise PkiError(None, "say what to revoke", "Give either the name of a service or --serial HEX.")
+    serials = [options.serial] if options.name is None else rotate.serials_of(layout, options.name)
+    added = rotate.revoke(layout, serials)
+    for serial in serials:
+        print(f"{'revoked' if serial in added else 'was revoked before:'} {hex_serial(serial)}")
+    print(f"signed {layout.crl}")
+    if options.name is not None:
+        print(f"to give {options.name} new certificates: helixflow pki renew {options.name}")
+    return 0
+
+
+def _verify(layout: Layout, options: argparse.Namespace) -> int:
+    from helixflow.pki.verify import verify
+
+    report = verify(layout)
+    if options.json:
+        findings = [
+            {
+                "file": str(item.file),
+                "level": "warning" if item.warning else "error",
+                "reason": item.reason,
+                "hint": item.hint,
+            }
+            for item in report.findings
+        ]
+        checked = [str(path) for path in report.checked]
+        print(
+            json.dumps(
+                {"ok": report.ok, "directory": str(layout.directory), "checked": checked, "findings": findings},
+                indent=2,
+            )
+        )
+        return 0 if report.ok else 1
+    failed = {item.file for item in report.findings if not item.warning}
+    for path in report.checked:
+        if path not in failed:
+            print(f"ok       {path}")
+    for item in report.findings:
+        stream = sys.stdout if item.warning else sys.stderr
+        print(f"{'warning' if item.warning else 'FAILED '}  {item.file}: {item.reason}", file=stream)
+        if item.hint:
+            print(f"         {item.hint}", file=stream)
+    return 0 if report.ok else 1
+
+
+def _show(layout: Layout, options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from helixflow.pki.show import show
+
+    described = show(layout, options.name)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(each) for each in described], indent=2))
+        return 0
+    for number, each in enumerate(described):
+        if number:
+            print()
+        print(each.file)
+        print(f"  subject      {each.subject}")
+        print(f"  issuer       {each.issuer}")
+        print(f"  serial       {each.serial}")
+        print(f"  sha256       {each.sha256}")
+        print(f"  valid        {each.not_before} to {each.not_after} ({each.days_left} days left)")
+        print(f"  key          {each.key_type}")
+        if each.purposes:
+            print(f"  purpose      {', '.join(each.purposes)}")
+        for name in each.names:
+            print(f"  name         {name}")
+    return 0

@@ -1,0 +1,130 @@
+"""One supervised process: start, readiness, restart with back-off, stop."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+
+from helixflow import log
+from helixflow.config import SuperviseConfig
+from helixflow.errors import EX_USAGE, StartError
+from helixflow.process import READY_FD
+
+STABLE_S = 30.0
+"""A service that ran this long (seconds) starts again with the shortest pause."""
+
+logger = log.get("supervisor")
+
+
+class Service:
+    """A `helixflow` command kept running. Not thread-safe; belongs to one event loop."""
+
+    def __init__(self, name: str, command: str, environ: Mapping[str, str], options: SuperviseConfig) -> None:
+        """`command` is the sub-command of `helixflow` that runs the service in the foreground."""
+        self.name = name
+        self.environ = dict(environ)
+        self.address = ""
+        self._command = command
+        self._options = options
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+
+    async def start(self) -> str:
+        """Starts the process and waits until it serves; returns its address. Raises StartError."""
+        reader, writer = os.pipe()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "helixflow",
+                self._command,
+                env={**self.environ, READY_FD: str(writer)},
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(writer,),
+                # Ctrl-C on the terminal must reach the supervisor alone: it stops the services in order.
+                start_new_session=True,
+            )
+        finally:
+            os.close(writer)
+        try:
+            line = await self._read_line(reader)
+        finally:
+            os.close(reader)
+        if not line:
+            status = await self._end_failed_start()
+            raise StartError(f"{self.name} did not start (exit status {status}); its log above says why", status)
+        self.address = line
+        return line
+
+    async def _read_line(self, descriptor: int) -> str:
+        """The first line of the pipe; empty when the process ended or took too long."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(descriptor, readable.set)
+        try:
+            async with asyncio.timeout(self._options.ready_timeout_s):
+                await readable.wait()
+            return os.read(descriptor, 4096).decode().strip()
+        except TimeoutError:
+            logger.error("not ready in time", name=self.name, timeout_s=self._options.ready_timeout_s)
+            return ""
+        finally:
+            loop.remove_reader(descriptor)
+
+    async def _end_failed_start(self) -> int:
+        process = self._process
+        if process is None:
+            return -1
+        try:
+            async with asyncio.timeout(2):
+                return await process.wait()
+        except TimeoutError:
+            process.kill()
+            return await process.wait()
+
+    async def keep(self) -> int:
+        """Restarts the process whenever it ends, until `stop`. Returns the exit status that ended the keeping."""
+        pause = self._options.backoff_min_s
+        while True:
+            began = time.monotonic()
+            process = self._process
+            status = await process.wait() if process else -1
+            if self._stopping.is_set() or status == EX_USAGE:
+                return status
+            if time.monotonic() - began >= STABLE_S:
+                pause = self._options.backoff_min_s
+            logger.error("service ended", name=self.name, status=status, restart_in_s=pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stopping.wait()
+                    return status
+            pause = min(pause * 2, self._options.backoff_max_s)
+            try:
+                await self.start()
+                logger.info("service is back", name=self.name, address=self.address)
+            except StartError as error:
+                logger.error("restart failed", name=self.name, error=str(error))
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to the process when it runs."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    async def stop(self, timeout_s: float) -> None:
+        """SIGTERM, then SIGKILL after `timeout_s` seconds. Returns when the process has ended."""
+        self._stopping.set()
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        self.send(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await process.wait()
+        except TimeoutError:
+            logger.error("service did not stop; killed", name=self.name, timeout_s=timeout_s)
+            self.send(signal.SIGKILL)
+            await process.wait()

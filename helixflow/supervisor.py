@@ -1,0 +1,145 @@
+"""`helixflow serve`: prepares the machine, then keeps every service of it running."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+from helixflow import log
+from helixflow.config import DEVELOPMENT_KEY, Config, model_of
+from helixflow.errors import EX_UNAVAILABLE, EX_USAGE, StartError
+from helixflow.options import Address
+from helixflow.service import Service
+
+STOP_MARGIN_S = 10.0
+"""A service gets its drain time and this much more (seconds) before it is killed."""
+
+logger = log.get("supervisor")
+
+
+def run(config: Config, say: Callable[[str], None]) -> int:
+    """Serves until a signal ends it. Returns the exit status. `say` prints a line for the operator."""
+    try:
+        prepare(config, say)
+        return asyncio.run(Supervisor(config, say).run())
+    except StartError as error:
+        logger.error("start failed", error=str(error))
+        return EX_USAGE if error.status == EX_USAGE else EX_UNAVAILABLE
+
+
+def prepare(config: Config, say: Callable[[str], None]) -> None:
+    """Certificates and engine: makes what is missing. Raises StartError."""
+    say(f"certificates  {config.certs}")
+    _command("pki", "init", "--dir", str(config.certs))
+    if config.pool.engine == "onnx":
+        model = model_of(config)
+        say(f"engine        {config.pool.model_id} ({model}), {config.pool.precision}")
+        options = ["--precision", config.pool.precision, "--engines", str(config.engines)]
+        _command("engine", "build", str(model), *options)
+
+
+def _command(*arguments: str) -> None:
+    """Runs a sub-command of `helixflow`, so that its memory is given back and its progress is shown."""
+    status = subprocess.run([sys.executable, "-m", "helixflow", *arguments], check=False).returncode
+    if status:
+        raise StartError(f"`helixflow {' '.join(arguments[:2])}` failed; the message above says why", status)
+
+
+class Supervisor:
+    """Ordered start, restart, ordered stop."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self._config = config
+        self._say = say
+        environ = dict(os.environ)
+        self._pool = Service("inference-pool", "pool", environ, config.supervise)
+        self._gateway = Service("api-gateway", "gateway", environ, config.supervise)
+        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+
+    async def run(self) -> int:
+        """Starts pool, then gateway; watches both; stops them in the opposite order."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._signals.put_nowait, number)
+        start = asyncio.create_task(self._start())
+        stop = asyncio.create_task(self._until_stop())
+        try:
+            await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not start.done():
+                start.cancel()
+                await asyncio.wait({start})
+                return 0
+            start.result()
+            self._say(self._banner())
+            return await self._watch(stop)
+        finally:
+            stop.cancel()
+            await self._stop()
+
+    async def _start(self) -> None:
+        pool = self._config.pool.listen
+        address = Address.parse(await self._pool.start())
+        if pool.port == 0:
+            # The pool keeps the port it got, so that the gateway finds it again after a restart.
+            self._pool.environ["HELIX_POOL_LISTEN"] = str(address)
+            self._gateway.environ["HELIX_GATEWAY_POOLS"] = str(address)
+        await self._gateway.start()
+
+    async def _watch(self, stop: asyncio.Task[None]) -> int:
+        keepers = {asyncio.create_task(service.keep()) for service in (self._pool, self._gateway)}
+        await asyncio.wait({stop, *keepers}, return_when=asyncio.FIRST_COMPLETED)
+        ended = [task.result() for task in keepers if task.done()]
+        for task in keepers:
+            task.cancel()
+        return 0 if stop.done() else max(ended)
+
+    async def _until_stop(self) -> None:
+        """Returns at the first SIGINT or SIGTERM; hands SIGHUP on to the services."""
+        while (number := await self._signals.get()) == signal.SIGHUP:
+            for service in (self._pool, self._gateway):
+                service.send(number)
+
+    async def _stop(self) -> None:
+        cut = asyncio.create_task(self._cut_on_second_signal())
+        await self._gateway.stop(self._config.gateway.drain_timeout_s + STOP_MARGIN_S)
+        await self._pool.stop(self._config.pool.drain_timeout_s + STOP_MARGIN_S)
+        cut.cancel()
+        self._say("stopped")
+
+    async def _cut_on_second_signal(self) -> None:
+        while True:
+            if await self._signals.get() != signal.SIGHUP:
+                for service in (self._gateway, self._pool):
+                    service.send(signal.SIGTERM)
+
+    def _banner(self) -> str:
+        config = self._config
+        bound = Address.parse(self._gateway.address)
+        scheme = "http" if config.gateway.plain_http else "https"
+        host = Address("localhost" if bound.loopback else bound.host, bound.port)
+        url = f"{scheme}://{host}"
+        ca = config.certs / "helixflow-ca.pem"
+        key = DEVELOPMENT_KEY if config.development else "$HELIX_KEY"
+        names = ", ".join((config.pool.model_id, *config.pool.aliases))
+        body = f'{{"model": "{config.pool.model_id}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+        tls = [] if config.gateway.plain_http else [f"  CA file  {ca}"]
+        option = "" if config.gateway.plain_http else f" --cacert {ca}"
+        return "\n".join(
+            [
+                "",
+                f"HelixFlow is ready ({config.profile} profile)",
+                "",
+                f"  URL      {url}/v1",
+                *tls,
+                f"  Model    {names}",
+                f"  Key      {key}" + ("  (this profile only)" if config.development else ""),
+                "",
+                f"  curl{option} {url}/v1/chat/completions \\",
+                f'    -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\',
+                f"    -d '{body}'",
+                "",
+                "Ctrl-C stops everything.",
+            ]
+        )
