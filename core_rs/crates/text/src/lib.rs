@@ -1,0 +1,20 @@
+//! Text on both sides of a language model: tokeniser, chat template, incremental
+//! detokeniser, stop strings, and the bytes of `OpenAI`'s API.
+//!
+//! Pure: files are read once, in [`TextModel::load`]; everything else is memory in, memory out.
+
+mod bytes;
+mod detok;
+mod load;
+mod model;
+pub mod openai;
+mod python_json;
+mod stop;
+mod template;
+mod vocabulary;
+
+pub use detok::Detokenizer;
+pub use load::LoadError;
+pub use model::{EncodeError, TextModel};
+pub use stop::{Out, StopMatcher};
+pub use template::{Message, TemplateError};
