@@ -1,0 +1,476 @@
+//! The scheduler: plans steps and takes their outcomes.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use crate::queue::{Policy, Request, Waiting};
+use crate::slots::{Active, Slots};
+use crate::types::{
+    Counts, Ended, Finish, Item, Limits, NewSequence, Outcome, Plan, Refusal, SeqId, Started,
+};
+
+/// Decides which tokens of which sequences the engine computes next.
+pub struct Scheduler {
+    limits: Limits,
+    policy: Box<dyn Policy>,
+    waiting: Waiting,
+    slots: Slots,
+    places: HashMap<SeqId, Whereabouts>,
+    /// The plan that is with the engine; empty between steps.
+    outstanding: Vec<Item>,
+    placed: u64,
+    /// Slot that decodes first when not all fit.
+    turn: usize,
+    /// Whether the last plan computed part of a prompt.
+    prefilled: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Whereabouts {
+    /// In the queue, in the request with this arrival number.
+    Queue(u64),
+    Slot(usize),
+}
+
+impl Scheduler {
+    /// An empty scheduler; `policy` decides who gets the next slot.
+    pub fn new(limits: Limits, policy: Box<dyn Policy>) -> Self {
+        let limits = Limits {
+            slots: limits.slots.max(1),
+            max_len: limits.max_len.max(1),
+            queue_requests: limits.queue_requests.max(1),
+            step_tokens: limits.step_tokens.max(1),
+            ..limits
+        };
+        Self {
+            limits,
+            policy,
+            waiting: Waiting::default(),
+            slots: Slots::new(limits.slots, limits.max_len),
+            places: HashMap::new(),
+            outstanding: Vec::new(),
+            placed: 0,
+            turn: 0,
+            prefilled: false,
+        }
+    }
+
+    /// Queues the sequences of one request, all or none.
+    ///
+    /// # Errors
+    /// A [`Refusal`] that says why; the scheduler is unchanged then.
+    pub fn submit(&mut self, request: Vec<NewSequence>) -> Result<(), Refusal> {
+        if request.is_empty() {
+            return Ok(());
+        }
+        let mut names = HashSet::with_capacity(request.len());
+        for sequence in &request {
+            self.check(sequence)?;
+            if !names.insert(sequence.id) || self.places.contains_key(&sequence.id) {
+                return Err(Refusal::DuplicateId { id: sequence.id });
+            }
+        }
+        let arrival = self.waiting.submit(request, &self.limits)?;
+        self.places.extend(
+            names
+                .into_iter()
+                .map(|id| (id, Whereabouts::Queue(arrival))),
+        );
+        Ok(())
+    }
+
+    /// Ends a sequence in whatever state, also while a plan that holds it is with the engine. False when
+    /// there is no such sequence (any more).
+    pub fn cancel(&mut self, id: SeqId) -> bool {
+        match self.places.get(&id) {
+            None => false,
+            Some(&Whereabouts::Slot(slot)) => {
+                self.end(slot);
+                true
+            }
+            Some(&Whereabouts::Queue(arrival)) => {
+                self.places.remove(&id);
+                self.waiting.remove(arrival, id)
+            }
+        }
+    }
+
+    /// Stops advancing a sequence that has a slot; it keeps the slot. False when it has none.
+    pub fn park(&mut self, id: SeqId) -> bool {
+        self.set_parked(id, true)
+    }
+
+    /// Lets a parked sequence go on. False when it has no slot.
+    pub fn unpark(&mut self, id: SeqId) -> bool {
+        self.set_parked(id, false)
+    }
+
+    /// Removes the waiting sequences whose deadline is `now` or earlier and returns their names, the
+    /// longest wait first. A sequence that has a slot does not expire.
+    pub fn expire(&mut self, now: u64) -> Vec<SeqId> {
+        let expired = self.waiting.expire(now);
+        for id in &expired {
+            self.places.remove(id);
+        }
+        expired
+    }
+
+    /// A time before which [`Scheduler::expire`] removes nothing; `None` while no waiting sequence has a
+    /// deadline.
+    pub fn next_deadline(&self) -> Option<u64> {
+        self.waiting.earliest_deadline()
+    }
+
+    /// Plans the next step. Empty when nothing can advance, and while a plan is outstanding.
+    ///
+    /// A sequence is not placed while the one of its request before it is computing the same prompt, so
+    /// that `n` choices cost one prefill and `n - 1` copies; nor is anything placed past it in that step.
+    /// This lasts as long as that one prefill, and parking or ending the first one lifts it.
+    pub fn schedule(&mut self) -> Plan {
+        let mut plan = Plan::default();
+        if !self.outstanding.is_empty() {
+            return plan;
+        }
+        let decoding = self
+            .slots
+            .iter()
+            .filter(|(_, slot)| slot.decoding().is_some_and(Active::runnable))
+            .count();
+        let (chunks, chunk_tokens) = self.plan_prefill(&mut plan, self.prefill_budget(decoding));
+        self.prefilled = !chunks.is_empty();
+        self.plan_decode(
+            &mut plan,
+            decoding,
+            self.limits.step_tokens - chunk_tokens.len(),
+        );
+        plan.items.extend(chunks);
+        plan.tokens.extend(chunk_tokens);
+        self.outstanding.clone_from(&plan.items);
+        plan
+    }
+
+    /// Takes the outcomes of the outstanding plan and returns the sequences that ended by themselves, in
+    /// the order of the plan.
+    ///
+    /// Outcomes are matched by name and best stand in the order of the items; names that are not in the
+    /// plan, or whose sequence was cancelled meanwhile, are ignored. A prompt chunk that samples nothing
+    /// needs no outcome. An item with [`Item::sample`] that comes back without a token, and not finished,
+    /// is planned again.
+    pub fn commit(&mut self, outcomes: &[Outcome]) -> Vec<Ended> {
+        let mut ended = Vec::new();
+        let mut rest = outcomes;
+        for item in std::mem::take(&mut self.outstanding) {
+            let outcome = match rest {
+                [first, others @ ..] if first.id == item.id => {
+                    rest = others;
+                    Some(first)
+                }
+                _ => outcomes.iter().find(|outcome| outcome.id == item.id),
+            };
+            let token = outcome.and_then(|outcome| outcome.token);
+            let finished = outcome.is_some_and(|outcome| outcome.finished);
+            let finish = self.advance(&item, token, finished);
+            if finished {
+                self.end_if(&item);
+            } else if let Some(finish) = finish {
+                self.end_if(&item);
+                ended.push(Ended {
+                    id: item.id,
+                    finish,
+                });
+            }
+        }
+        ended
+    }
+
+    /// The engine failed on the outstanding plan: ends its sequences, forgets what their slots held, and
+    /// returns the names of those that were still alive.
+    pub fn abort_step(&mut self) -> Vec<SeqId> {
+        let mut failed = Vec::new();
+        for item in std::mem::take(&mut self.outstanding) {
+            if self.end_if(&item) {
+                failed.push(item.id);
+            }
+            self.slots.forget(item.slot);
+        }
+        failed
+    }
+
+    /// The engine lost every cache: ends all sequences that have a slot, forgets what all slots held, and
+    /// returns the names. Waiting sequences stay.
+    pub fn reset(&mut self) -> Vec<SeqId> {
+        self.outstanding.clear();
+        let mut failed = Vec::new();
+        for slot in 0..self.limits.slots {
+            if let Some(id) = self.end(slot) {
+                failed.push(id);
+            }
+            self.slots.forget(slot);
+        }
+        failed
+    }
+
+    /// The limits in force.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The queue.
+    pub fn waiting(&self) -> &Waiting {
+        &self.waiting
+    }
+
+    /// Whether no sequence is alive.
+    pub fn is_idle(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// Whether a plan is with the engine.
+    pub fn is_stepping(&self) -> bool {
+        !self.outstanding.is_empty()
+    }
+
+    /// How full it is.
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts {
+            waiting_requests: self.waiting.len(),
+            waiting: self.waiting.sequences(),
+            waiting_tokens: self.waiting.tokens(),
+            slots_used: self.slots.used(),
+            ..Counts::default()
+        };
+        for (_, slot) in self.slots.iter() {
+            let Some(active) = &slot.active else { continue };
+            counts.prefilling += usize::from(slot.prefilling().is_some());
+            counts.running += usize::from(slot.decoding().is_some());
+            counts.parked += usize::from(active.parked);
+            counts.cached_tokens += slot.cached.len();
+        }
+        counts
+    }
+
+    /// Ids of the tokens that a slot's cache is known to hold, from position 0; empty for an unknown slot.
+    pub fn remembered(&self, slot: usize) -> &[u32] {
+        self.slots.get(slot).map_or(&[], |slot| &slot.cached)
+    }
+
+    fn check(&self, sequence: &NewSequence) -> Result<(), Refusal> {
+        let (id, prompt, max_len) = (sequence.id, sequence.prompt.len(), self.limits.max_len);
+        if prompt == 0 {
+            return Err(Refusal::EmptyPrompt { id });
+        }
+        if prompt + usize::from(sequence.max_new > 0) > max_len {
+            return Err(Refusal::TooLong {
+                id,
+                prompt,
+                max_len,
+            });
+        }
+        Ok(())
+    }
+
+    fn set_parked(&mut self, id: SeqId, parked: bool) -> bool {
+        let Some(&Whereabouts::Slot(slot)) = self.places.get(&id) else {
+            return false;
+        };
+        let active = self
+            .slots
+            .of(slot, id)
+            .and_then(|slot| slot.active.as_mut());
+        active.map(|active| active.parked = parked).is_some()
+    }
+
+    /// Tokens that prompts may take when `decoding` sequences want one each.
+    fn prefill_budget(&self, decoding: usize) -> usize {
+        let budget = self.limits.step_tokens;
+        let kept = match budget {
+            1 => usize::from(decoding == 0 || !self.prefilled),
+            _ => (budget / 4).max(1),
+        };
+        budget - decoding.min(budget - kept)
+    }
+
+    /// Chunks of the prompts in work, then of new sequences while budget and slots last.
+    fn plan_prefill(&mut self, plan: &mut Plan, mut budget: usize) -> (Vec<Item>, Vec<u32>) {
+        let mut in_work: Vec<_> = self
+            .slots
+            .iter()
+            .filter_map(|(index, slot)| {
+                slot.prefilling()
+                    .filter(|active| active.runnable())
+                    .map(|a| (a.order, index))
+            })
+            .collect();
+        in_work.sort_unstable();
+        let mut in_work = in_work.into_iter().map(|(_, slot)| slot);
+        let (mut items, mut tokens) = (Vec::new(), Vec::new());
+        while budget > 0 {
+            let Some(slot) = in_work.next().or_else(|| self.place_next(plan)) else {
+                break;
+            };
+            let Some(item) = self.chunk(slot, budget, &mut tokens) else {
+                break;
+            };
+            budget -= item.len;
+            items.push(item);
+        }
+        (items, tokens)
+    }
+
+    fn chunk(&self, index: usize, budget: usize, tokens: &mut Vec<u32>) -> Option<Item> {
+        let slot = self.slots.get(index)?;
+        let NewSequence {
+            id,
+            ref prompt,
+            max_new,
+            prompt_logits,
+            ..
+        } = slot.prefilling()?.new;
+        let past = slot.cached.len();
+        let len = budget.min(prompt.len() - past);
+        let sample = past + len == prompt.len() && max_new > 0;
+        let wanted = if prompt_logits {
+            len
+        } else {
+            usize::from(sample)
+        };
+        tokens.extend_from_slice(&prompt[past..past + len]);
+        Some(Item {
+            id,
+            slot: index,
+            past,
+            len,
+            wanted,
+            sample,
+        })
+    }
+
+    /// Gives the next waiting sequence a slot and returns it.
+    fn place_next(&mut self, plan: &mut Plan) -> Option<usize> {
+        if self.waiting.is_empty() || !self.slots.has_free() {
+            return None;
+        }
+        let index = self.policy.next(&self.waiting)?;
+        let request = self.waiting.request(index)?;
+        let first = request.first()?;
+        if self.awaits_sibling(request, first) {
+            return None;
+        }
+        let reuse = if self.reuses(first) {
+            first.prompt.len() - 1
+        } else {
+            0
+        };
+        let place = self.slots.find(&first.prompt, reuse)?;
+        let new = self.waiting.take(index, place.slot)?;
+        self.places.insert(new.id, Whereabouts::Slot(place.slot));
+        plan.started.push(Started {
+            id: new.id,
+            slot: place.slot,
+            cached: place.cached,
+        });
+        plan.copies.extend(place.copy);
+        self.placed += 1;
+        self.slots.place(
+            &place,
+            Active {
+                new,
+                order: self.placed,
+                next: 0,
+                generated: 0,
+                parked: false,
+            },
+        );
+        Some(place.slot)
+    }
+
+    fn reuses(&self, sequence: &NewSequence) -> bool {
+        self.limits.prefix_reuse && !sequence.prompt_logits
+    }
+
+    /// Whether the sequence placed before it is still computing a prefix that it could copy.
+    fn awaits_sibling(&self, request: &Request, first: &NewSequence) -> bool {
+        let Some((index, leader)) = request.leader else {
+            return false;
+        };
+        let Some(slot) = self.slots.get(index) else {
+            return false;
+        };
+        self.reuses(first)
+            && slot.cached.len() + 1 < first.prompt.len()
+            && slot.prefilling().is_some_and(|active| {
+                let (mine, its) = (&first.prompt, &active.new.prompt);
+                let same = Arc::ptr_eq(mine, its) || mine == its;
+                same && active.new.id == leader && active.runnable()
+            })
+    }
+
+    /// One token for each decoding sequence, by turns when they do not all fit.
+    fn plan_decode(&mut self, plan: &mut Plan, decoding: usize, budget: usize) {
+        let slots = self
+            .slots
+            .iter()
+            .filter(|(_, slot)| slot.decoding().is_some_and(Active::runnable));
+        let mut chosen: Vec<_> = slots.map(|(index, _)| index).collect();
+        if decoding > budget {
+            let first = chosen.partition_point(|&slot| slot < self.turn);
+            chosen.rotate_left(first);
+            self.turn = chosen[budget];
+            chosen.truncate(budget);
+            chosen.sort_unstable();
+        }
+        for index in chosen {
+            let Some(slot) = self.slots.get(index) else {
+                continue;
+            };
+            let Some(active) = &slot.active else { continue };
+            let past = slot.cached.len();
+            plan.items.push(Item {
+                id: active.new.id,
+                slot: index,
+                past,
+                len: 1,
+                wanted: 1,
+                sample: true,
+            });
+            plan.tokens.push(active.next);
+        }
+    }
+
+    /// Records that an item was computed and says whether its sequence has reached a limit.
+    fn advance(&mut self, item: &Item, token: Option<u32>, finished: bool) -> Option<Finish> {
+        let max_len = self.limits.max_len;
+        let slot = self.slots.of(item.slot, item.id)?;
+        let active = slot.active.as_mut()?;
+        if item.sample && token.is_none() && !finished {
+            return None;
+        }
+        let prompt = &active.new.prompt;
+        match prompt.get(item.past..item.past + item.len) {
+            Some(chunk) => slot.cached.extend_from_slice(chunk),
+            None => slot.cached.push(active.next),
+        }
+        if let Some(token) = token.filter(|_| item.sample) {
+            active.next = token;
+            active.generated += 1;
+        }
+        if slot.cached.len() < prompt.len() {
+            return None;
+        }
+        if active.generated >= active.new.max_new as usize {
+            return Some(Finish::Length);
+        }
+        (prompt.len() + active.generated >= max_len).then_some(Finish::Context)
+    }
+
+    /// Ends the sequence of an item unless it is gone already.
+    fn end_if(&mut self, item: &Item) -> bool {
+        self.slots.of(item.slot, item.id).is_some() && self.end(item.slot).is_some()
+    }
+
+    fn end(&mut self, slot: usize) -> Option<SeqId> {
+        let id = self.slots.free(slot)?.new.id;
+        self.places.remove(&id);
+        Some(id)
+    }
+}

@@ -1,0 +1,170 @@
+//! The slots of the engine: who is in them and what their caches hold.
+
+use crate::types::{CopyPrefix, NewSequence, SeqId};
+
+/// A sequence that has a slot.
+#[derive(Debug)]
+pub(crate) struct Active {
+    pub(crate) new: NewSequence,
+    /// Order of placement.
+    pub(crate) order: u64,
+    /// Sampled last and not fed yet; meaningful once the prompt is computed.
+    pub(crate) next: u32,
+    pub(crate) generated: usize,
+    pub(crate) parked: bool,
+}
+
+/// One slot.
+#[derive(Debug, Default)]
+pub(crate) struct Slot {
+    pub(crate) active: Option<Active>,
+    /// Ids of the tokens at the positions that the cache is known to hold, from position 0.
+    pub(crate) cached: Vec<u32>,
+}
+
+/// Where a sequence begins.
+pub(crate) struct Place {
+    pub(crate) slot: usize,
+    /// Prefix that the slot holds once `copy` has run.
+    pub(crate) cached: usize,
+    pub(crate) copy: Option<CopyPrefix>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Slots {
+    all: Vec<Slot>,
+    used: usize,
+    max_len: usize,
+}
+
+impl Active {
+    /// Whether a step may advance the sequence.
+    pub(crate) fn runnable(&self) -> bool {
+        !self.parked
+    }
+}
+
+impl Slot {
+    /// The sequence, when its prompt is not computed yet.
+    pub(crate) fn prefilling(&self) -> Option<&Active> {
+        self.active
+            .as_ref()
+            .filter(|active| self.cached.len() < active.new.prompt.len())
+    }
+
+    /// The sequence, when it decodes.
+    pub(crate) fn decoding(&self) -> Option<&Active> {
+        self.active
+            .as_ref()
+            .filter(|active| self.cached.len() >= active.new.prompt.len())
+    }
+}
+
+impl Slots {
+    pub(crate) fn new(slots: usize, max_len: usize) -> Self {
+        Self {
+            all: (0..slots).map(|_| Slot::default()).collect(),
+            used: 0,
+            max_len,
+        }
+    }
+
+    pub(crate) fn used(&self) -> usize {
+        self.used
+    }
+
+    pub(crate) fn has_free(&self) -> bool {
+        self.used < self.all.len()
+    }
+
+    pub(crate) fn get(&self, slot: usize) -> Option<&Slot> {
+        self.all.get(slot)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (usize, &Slot)> {
+        self.all.iter().enumerate()
+    }
+
+    /// The slot, when the named sequence is in it.
+    pub(crate) fn of(&mut self, slot: usize, id: SeqId) -> Option<&mut Slot> {
+        let slot = self.all.get_mut(slot)?;
+        slot.active
+            .as_ref()
+            .is_some_and(|active| active.new.id == id)
+            .then_some(slot)
+    }
+
+    /// Chooses a slot for a prompt, at most `reuse` tokens of which may come from a cache.
+    ///
+    /// The longest prefix that any slot holds decides. It is used in place when its slot is free and
+    /// taking it keeps the slots dense (it lies below the highest slot in use, or is the lowest free one);
+    /// otherwise it is copied to the lowest free slot. Equal lengths prefer no copy, then the lower slot.
+    pub(crate) fn find(&self, prompt: &[u32], reuse: usize) -> Option<Place> {
+        let lowest = self.all.iter().position(|slot| slot.active.is_none())?;
+        let dense = self
+            .all
+            .iter()
+            .rposition(|slot| slot.active.is_some())
+            .unwrap_or(0)
+            .max(lowest);
+        let wanted = &prompt[..reuse.min(prompt.len())];
+        let (mut best, mut length, mut in_place) = (lowest, 0, true);
+        for (index, slot) in self.all.iter().enumerate() {
+            let common = common_prefix(wanted, &slot.cached);
+            let here = slot.active.is_none() && index <= dense;
+            if common > length || (common == length && length > 0 && here && !in_place) {
+                (best, length, in_place) = (index, common, here);
+            }
+        }
+        if in_place {
+            return Some(Place {
+                slot: best,
+                cached: length,
+                copy: None,
+            });
+        }
+        let copy = CopyPrefix {
+            src: best,
+            dst: lowest,
+            len: length,
+        };
+        Some(Place {
+            slot: lowest,
+            cached: length,
+            copy: Some(copy),
+        })
+    }
+
+    /// Puts a sequence where [`Slots::find`] said; the record shows at once what the cache will hold.
+    pub(crate) fn place(&mut self, place: &Place, active: Active) {
+        let slot = &mut self.all[place.slot];
+        slot.cached.clear();
+        slot.cached
+            .extend_from_slice(&active.new.prompt[..place.cached]);
+        slot.active = Some(active);
+        self.used += 1;
+    }
+
+    /// Ends the sequence of a slot; the slot remembers its tokens.
+    pub(crate) fn free(&mut self, slot: usize) -> Option<Active> {
+        let slot = self.all.get_mut(slot)?;
+        let active = slot.active.take()?;
+        slot.cached.truncate(self.max_len - 1);
+        self.used -= 1;
+        Some(active)
+    }
+
+    /// Drops the record of a slot whose cache can no longer be trusted.
+    pub(crate) fn forget(&mut self, slot: usize) {
+        if let Some(slot) = self.all.get_mut(slot) {
+            slot.cached.clear();
+        }
+    }
+}
+
+fn common_prefix(left: &[u32], right: &[u32]) -> usize {
+    left.iter()
+        .zip(right)
+        .take_while(|(left, right)| left == right)
+        .count()
+}

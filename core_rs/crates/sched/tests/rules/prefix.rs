@@ -1,0 +1,187 @@
+//! Where a sequence begins, and from what.
+
+use std::sync::Arc;
+
+use helix_sched::{CopyPrefix, NewSequence, Started};
+
+use crate::{LIMITS, ids, prompt, run_alone, scheduler, sequence, step};
+
+#[test]
+fn a_finished_sequence_leaves_its_computed_tokens_behind() {
+    let mut s = scheduler(LIMITS);
+    run_alone(&mut s, sequence(1, &[1, 2, 3], 3));
+    assert_eq!(
+        s.remembered(0),
+        [1, 2, 3, 7, 7],
+        "the last sampled token was never fed"
+    );
+    s.submit(vec![sequence(2, &[1, 2, 3, 7, 9], 1)]).unwrap();
+    let plan = step(&mut s);
+    assert_eq!(
+        plan.started,
+        [Started {
+            id: 2,
+            slot: 0,
+            cached: 4
+        }]
+    );
+    assert_eq!(
+        (plan.copies.len(), plan.tokens.as_slice()),
+        (0, [9].as_slice())
+    );
+}
+
+#[test]
+fn at_least_one_prompt_token_is_computed() {
+    let mut s = scheduler(LIMITS);
+    run_alone(&mut s, sequence(1, &[1, 2, 3], 3));
+    s.submit(vec![sequence(2, &[1, 2, 3], 1)]).unwrap();
+    assert_eq!(step(&mut s).started[0].cached, 2);
+}
+
+#[test]
+fn a_prefix_in_a_busy_slot_is_copied_to_the_lowest_free_one() {
+    let mut s = scheduler(LIMITS);
+    s.submit(vec![sequence(1, &prompt(1, 10), 30)]).unwrap();
+    step(&mut s);
+    let mut shared = prompt(1, 8);
+    shared.push(99);
+    s.submit(vec![sequence(2, &shared, 30)]).unwrap();
+    let plan = step(&mut s);
+    assert_eq!(
+        plan.copies,
+        [CopyPrefix {
+            src: 0,
+            dst: 1,
+            len: 8
+        }]
+    );
+    assert_eq!(plan.items[1].past, 8);
+}
+
+#[test]
+fn an_idle_prefix_above_the_slots_in_use_is_copied_down() {
+    let mut s = scheduler(LIMITS);
+    s.submit(vec![
+        sequence(1, &prompt(1, 5), 2),
+        sequence(2, &prompt(2, 5), 2),
+    ])
+    .unwrap();
+    while !s.is_idle() {
+        step(&mut s);
+    }
+    s.submit(vec![sequence(3, &prompt(2, 5), 2)]).unwrap();
+    let plan = step(&mut s);
+    assert_eq!(
+        plan.copies,
+        [CopyPrefix {
+            src: 1,
+            dst: 0,
+            len: 4
+        }]
+    );
+    assert_eq!(
+        plan.started,
+        [Started {
+            id: 3,
+            slot: 0,
+            cached: 4
+        }]
+    );
+}
+
+#[test]
+fn an_idle_prefix_below_a_slot_in_use_is_used_in_place() {
+    let mut s = scheduler(LIMITS);
+    let ends = [(1, 2), (2, 2), (3, 40)];
+    s.submit(
+        ends.map(|(id, max_new)| sequence(u64::from(id), &prompt(id, 5), max_new))
+            .to_vec(),
+    )
+    .unwrap();
+    while s.counts().slots_used != 1 {
+        step(&mut s);
+    }
+    s.submit(vec![sequence(4, &prompt(2, 5), 2)]).unwrap();
+    let plan = step(&mut s);
+    assert_eq!(
+        (plan.copies.len(), plan.started[0]),
+        (
+            0,
+            Started {
+                id: 4,
+                slot: 1,
+                cached: 4
+            }
+        )
+    );
+}
+
+#[test]
+fn copies_of_one_plan_may_overwrite_what_an_earlier_one_has_read() {
+    let mut s = scheduler(LIMITS);
+    s.submit(vec![
+        sequence(1, &prompt(1, 5), 1),
+        sequence(2, &prompt(2, 5), 1),
+    ])
+    .unwrap();
+    step(&mut s);
+    assert!(s.is_idle());
+    s.submit(vec![sequence(3, &prompt(2, 6), 1)]).unwrap();
+    s.submit(vec![sequence(4, &prompt(1, 6), 1)]).unwrap();
+    let plan = step(&mut s);
+    assert_eq!(
+        plan.copies,
+        [CopyPrefix {
+            src: 1,
+            dst: 0,
+            len: 5
+        }]
+    );
+    let cached: Vec<_> = plan
+        .started
+        .iter()
+        .map(|started| (started.id, started.slot, started.cached))
+        .collect();
+    assert_eq!(
+        cached,
+        [(3, 0, 5), (4, 1, 0)],
+        "slot 0 no longer holds the prompt that 4 shares"
+    );
+}
+
+#[test]
+fn choices_wait_for_the_prefill_of_the_first_and_copy_it() {
+    let mut s = scheduler(LIMITS);
+    let shared: Arc<[u32]> = prompt(1, 40).into();
+    let choice = |id| NewSequence {
+        prompt: shared.clone(),
+        ..sequence(id, &[], 8)
+    };
+    s.submit(vec![choice(1), choice(2), choice(3)]).unwrap();
+    s.submit(vec![sequence(4, &[5], 8)]).unwrap();
+    assert_eq!(ids(&step(&mut s)), [1]);
+    assert_eq!(ids(&step(&mut s)), [1], "nobody overtakes");
+    let plan = step(&mut s);
+    let started: Vec<_> = plan
+        .started
+        .iter()
+        .map(|started| (started.id, started.cached))
+        .collect();
+    assert_eq!(started, [(2, 39), (3, 39), (4, 0)]);
+    assert_eq!(
+        plan.copies,
+        [
+            CopyPrefix {
+                src: 0,
+                dst: 1,
+                len: 39
+            },
+            CopyPrefix {
+                src: 0,
+                dst: 2,
+                len: 39
+            }
+        ]
+    );
+}

@@ -1,0 +1,1 @@
+"""The api-gateway: one OpenAI-compatible HTTPS endpoint in front of the inference pools."""

@@ -1,0 +1,207 @@
+"""Between asyncio and the pool client: who runs, who is woken, who has gone away."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from helixflow.config import Config
+from helixflow.core_rs import Call, CoreError, Draining, ModelInfo, PoolClient
+from helixflow.gateway.certificates import GatewayFiles
+from helixflow.gateway.errors import refusal
+from helixflow.gateway.http import ClientGone, Receive
+
+WATCH_AFTER_S = 0.02
+"""A call this old (seconds) is watched for a disconnect. Most are over by then, and a watch costs more than they do."""
+
+
+class Running:
+    """One call from its start to its end. Use it as a context manager: leaving it frees the work at the pool."""
+
+    __slots__ = (
+        "_bridge",
+        "_closed",
+        "_failure",
+        "_future",
+        "_interval",
+        "_loop",
+        "_receive",
+        "_spoke",
+        "_timer",
+        "_woken",
+        "call",
+        "silent",
+    )
+
+    def __init__(self, bridge: "Bridge", loop: asyncio.AbstractEventLoop, call: Call, receive: Receive) -> None:
+        self.call = call
+        self.silent = False
+        self._bridge = bridge
+        self._loop = loop
+        self._receive = receive
+        self._future: asyncio.Future[None] | None = None
+        self._woken = False
+        self._closed = False
+        self._failure: ClientGone | CoreError | None = None
+        self._interval = 0.0
+        self._spoke = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.call.done:
+            self.call.cancel()
+        self._bridge.forget(self)
+
+    async def changed(self) -> None:
+        """Waits for news of the call. Raises ClientGone, or the error that the gateway ended the call with."""
+        if not self._woken:
+            self._future = self._loop.create_future()
+            await self._future
+            self._future = None
+        self._woken = False
+        if self._failure is not None:
+            raise self._failure
+
+    def wake(self) -> None:
+        """Lets `changed` return."""
+        self._woken = True
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+    def end(self, reason: ClientGone | CoreError) -> None:
+        """Ends the call: its work is cancelled at once, and `changed` raises the reason."""
+        if self._failure is None and not self._closed:
+            self._failure = reason
+            self.call.cancel()
+            self.wake()
+
+    def keep_alive(self, interval_s: float) -> None:
+        """From now on wakes the call and sets `silent` whenever `interval_s` seconds passed without `spoke`."""
+        self._interval = interval_s
+        self._spoke = self._loop.time()
+        self._timer = self._loop.call_later(interval_s, self._tick)
+
+    def spoke(self) -> None:
+        """Something was sent to the client."""
+        self.silent = False
+        self._spoke = self._loop.time()
+
+    def _tick(self) -> None:
+        left = self._spoke + self._interval - self._loop.time()
+        if left < 0.001:
+            self.silent = True
+            self.wake()
+            left = self._interval
+        self._timer = self._loop.call_later(left, self._tick)
+
+    def watch(self) -> None:
+        """Notices when the client goes away. After the body, only `receive` tells."""
+        if not self._closed:
+            asyncio.ensure_future(self._receive()).add_done_callback(self._heard)
+
+    def _heard(self, message: "asyncio.Future[Any]") -> None:
+        if self._closed:
+            return
+        heard = None if message.cancelled() or message.exception() else message.result()
+        if isinstance(heard, dict) and heard.get("type") != "http.disconnect":
+            self.watch()  # the empty end of the body comes first
+        else:
+            self.end(ClientGone())
+
+
+class Bridge:
+    """The pool client of one worker, and the calls that run through it. Belongs to one event loop."""
+
+    def __init__(self, client: PoolClient) -> None:
+        self.draining = False
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self._running: dict[int, Running] = {}
+        self._young: deque[tuple[float, Running]] = deque()
+        self._sweeping = False
+        self._on_idle: Callable[[], None] | None = None
+        self._loop.add_reader(client.fileno(), self._wake_ready)
+
+    @classmethod
+    def connect(cls, config: Config) -> "Bridge":
+        """Connects to the pools of the configuration with the gateway's client certificate. Raises TlsError."""
+        options = config.gateway
+        client = PoolClient(
+            [str(address) for address in options.pools],
+            GatewayFiles.of(config).to_pools(),
+            expect_service="inference-pool",
+            stream_buffer_bytes=options.stream_buffer_bytes,
+        )
+        return cls(client)
+
+    def admit(self) -> PoolClient:
+        """The client for one new call. Raises Draining."""
+        if self.draining:
+            raise refusal(Draining, "the gateway is about to stop; send the request again")
+        return self._client
+
+    def follow(self, call: Call, receive: Receive) -> Running:
+        """Takes charge of a call that was just started."""
+        running = Running(self, self._loop, call, receive)
+        self._running[call.id] = running
+        self._young.append((self._loop.time() + WATCH_AFTER_S, running))
+        if not self._sweeping:
+            self._sweeping = True
+            self._loop.call_later(WATCH_AFTER_S, self._sweep)
+        return running
+
+    def forget(self, running: Running) -> None:
+        """Lets go of a call that is over."""
+        self._running.pop(running.call.id, None)
+        if self._on_idle is not None and not self._running:
+            self._on_idle()
+
+    def models(self) -> list[ModelInfo]:
+        """Models of the pools that are ready now."""
+        return self._client.models()
+
+    @property
+    def outstanding(self) -> int:
+        """Calls that run."""
+        return len(self._running)
+
+    def drain(self, on_idle: Callable[[], None]) -> None:
+        """Takes nothing new; calls `on_idle` once nothing runs any more, which may be now."""
+        self.draining = True
+        self._on_idle = on_idle
+        if not self._running:
+            on_idle()
+
+    def cut(self) -> None:
+        """Ends everything that runs as Draining."""
+        for running in list(self._running.values()):
+            running.end(refusal(Draining, "the gateway stopped before the answer was complete; send the request again"))
+
+    def close(self) -> None:
+        """Gives the connections back."""
+        self._loop.remove_reader(self._client.fileno())
+        self._client.close()
+
+    def _wake_ready(self) -> None:
+        for number in self._client.ready():
+            running = self._running.get(number)
+            if running is not None:
+                running.wake()
+
+    def _sweep(self) -> None:
+        young = self._young
+        now = self._loop.time() + 0.001
+        while young and young[0][0] <= now:
+            young.popleft()[1].watch()
+        self._sweeping = bool(young)
+        if young:
+            self._loop.call_later(young[0][0] - now + 0.001, self._sweep)

@@ -1,0 +1,55 @@
+"""Errors of requests: the OpenAI envelope, and the HTTP answer that carries it."""
+
+from typing import TypeVar
+
+import orjson
+
+from helixflow import core_rs
+from helixflow.core_rs import CoreError
+
+RETRY_AFTER_S = 1
+"""`Retry-After` of a 429 or 503 that brings no time of its own (seconds): queues and restarts are short."""
+
+_TYPES = {row.code: row.openai_type for row in core_rs.error_table()}
+_ERROR = TypeVar("_ERROR", bound=CoreError)
+
+
+def refusal(kind: type[_ERROR], message: str, param: str | None = None) -> _ERROR:
+    """An error of the gateway itself. `param`: path of the request parameter at fault."""
+    error = kind(message)
+    error.param = param
+    return error
+
+
+def message_of(error: CoreError) -> str:
+    """The sentence for people, without the class."""
+    return str(error.args[0]) if error.args else error.code
+
+
+def envelope(error: CoreError) -> bytes:
+    """The body `{"error": {message, type, param, code}}`."""
+    return orjson.dumps(
+        {
+            "error": {
+                "message": message_of(error),
+                "type": _TYPES[error.code],
+                "param": error.param,
+                "code": error.code,
+            }
+        }
+    )
+
+
+def final_event(error: CoreError) -> bytes:
+    """The error as the last event of a stream, followed by `[DONE]`."""
+    return b"data: " + envelope(error) + b"\n\ndata: [DONE]\n\n"
+
+
+def headers_of(error: CoreError) -> list[tuple[bytes, bytes]]:
+    """Headers that the status asks for: `Retry-After` with 429 and 503, the challenge with 401."""
+    if error.http_status in (429, 503):
+        seconds = RETRY_AFTER_S if error.retry_after_s is None else max(error.retry_after_s, 1)
+        return [(b"retry-after", b"%d" % seconds)]
+    if error.http_status == 401:
+        return [(b"www-authenticate", b"Bearer")]
+    return []

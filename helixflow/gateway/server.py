@@ -1,0 +1,55 @@
+"""`helixflow gateway`: checks everything, binds the address, runs the workers."""
+
+import socket
+
+from helixflow import log
+from helixflow.config import Config
+from helixflow.errors import StartError
+from helixflow.gateway.bridge import Bridge
+from helixflow.gateway.certificates import GatewayFiles
+from helixflow.gateway.worker import Connect
+from helixflow.gateway.workers import Workers
+from helixflow.options import Address
+from helixflow.process import notify_ready
+
+logger = log.get("gateway")
+
+
+def run(config: Config, connect: Connect = Bridge.connect) -> int:
+    """Serves in the foreground until SIGINT or SIGTERM; returns the exit status.
+
+    The first such signal drains, a second one (or `gateway.drain_timeout_s`) cuts; SIGHUP loads new certificates.
+    `connect` makes the bridge of a worker. Raises PkiError for unusable certificates and StartError when the
+    address cannot be had, before any worker starts.
+    """
+    files = GatewayFiles.of(config)
+    files.verify()
+    listener = bind(config.gateway.listen, config.gateway.backlog)
+    address = Address(config.gateway.listen.host, listener.getsockname()[1])
+
+    def ready() -> None:
+        scheme = "http" if config.gateway.plain_http else "https"
+        logger.info("gateway ready", url=f"{scheme}://{address}", workers=config.gateway.workers)
+        notify_ready(str(address))
+
+    return Workers(config, listener, connect, ready).run()
+
+
+def bind(address: Address, backlog: int) -> socket.socket:
+    """A listening TCP socket that all workers share. Raises StartError.
+
+    Without SO_REUSEPORT: a second gateway on the same address fails instead of taking half of the connections. The
+    main process keeps the socket open, so that a connection waits, and is not refused, while workers change.
+    """
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _name, where = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit it: a token must not wait for the next one.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind(where)
+        listener.listen(backlog)
+    except OSError as error:
+        raise StartError(f"cannot listen on {address}: {error.strerror or error}") from None
+    return listener

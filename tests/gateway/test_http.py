@@ -1,0 +1,231 @@
+"""The HTTP surface: health, models, keys, errors, limits, headers, CORS, TLS."""
+
+import re
+import ssl
+from datetime import datetime
+
+import httpx
+import pytest
+
+from helixflow.pki.layout import Layout
+from tests.gateway.conftest import KEY, Served, serving
+
+CHAT = {"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}
+KEY_HASH = "ci:" + "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"  # SHA-256 of "key"
+
+
+def error_of(answer: httpx.Response) -> dict[str, str | None]:
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert answer.headers["content-type"] == "application/json"
+    error: dict[str, str | None] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize("http2", [False, True])
+def test_health_over_both_protocols(served: Served, http2: bool) -> None:
+    with served.client(http1=not http2, http2=http2) as client:
+        answer = client.get("/health")
+    assert answer.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
+    assert answer.status_code == 200
+    body = answer.json()
+    assert body["service"] == "api-gateway"
+    assert body["status"] == "healthy"
+    assert datetime.fromisoformat(body["timestamp"]).tzinfo is not None
+    assert set(body) == {"service", "status", "timestamp"}
+
+
+@pytest.mark.parametrize("http2", [False, True])
+def test_head(served: Served, http2: bool) -> None:
+    with served.client(http1=not http2, http2=http2) as client:
+        answer = client.head("/health")
+    assert answer.status_code == 200
+    assert int(answer.headers["content-length"]) > 50
+    assert answer.content == b""
+
+
+def test_live_and_ready(served: Served, client: httpx.Client) -> None:
+    assert client.get("/live").json()["status"] == "alive"
+    assert client.get("/ready").status_code == 200
+    models, served.fake.listed = served.fake.listed, []
+    try:
+        answer = client.get("/ready")
+        one = client.get("/v1/models/echo")
+    finally:
+        served.fake.listed = models
+    assert answer.status_code == 503
+    assert answer.json()["reason"] == "no inference pool is ready"
+    assert answer.headers["retry-after"] == "1"
+    assert one.status_code == 503
+
+
+def test_models(served: Served) -> None:
+    with served.client() as client:
+        listed = client.get("/v1/models").json()
+        names = [model["id"] for model in listed["data"]]
+        assert listed["object"] == "list"
+        assert names == sorted(names)
+        assert {"echo", "gpt-4", "team/echo"} <= set(names)
+        expected = {"id": "gpt-4", "object": "model", "created": 1_700_000_000, "owned_by": "helixflow"}
+        assert client.get("/v1/models/gpt-4").json() == expected
+        assert client.get("/v1/models/team/echo").json()["id"] == "team/echo"
+        assert client.get("/v1/models/team%2Fecho").json()["id"] == "team/echo"
+        answer = client.get("/v1/models/none")
+    assert answer.status_code == 404
+    assert error_of(answer)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "demo-key", "Basic ZGVtbzprZXk=", "Bearer", "Bearer wrong", "Bearer " + "x" * 5000],
+)
+def test_without_a_valid_key(served: Served, header: str | None) -> None:
+    with served.client() as client:
+        answer = client.post("/v1/chat/completions", json=CHAT, headers={"Authorization": header} if header else {})
+    assert answer.status_code == 401
+    error = error_of(answer)
+    assert error["code"] == "invalid_api_key"
+    assert error["type"] == "authentication_error"
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert header is None or header not in answer.text or header == "Bearer"
+
+
+def test_scheme_of_the_key_has_no_case(served: Served) -> None:
+    with served.client() as client:
+        answer = client.post("/v1/chat/completions", json=CHAT, headers={"authorization": "bEARER demo-key"})
+    assert answer.status_code == 200
+
+
+def test_production_knows_its_own_keys_only(pki: Layout) -> None:
+    options = {"HELIX_PROFILE": "production", "HELIX_GATEWAY_KEYS": KEY_HASH}
+    with serving(pki, **options) as production, production.client() as client:
+        assert client.get("/health").headers["strict-transport-security"] == "max-age=31536000"
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers=KEY).status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Bearer key"}).status_code == 200
+        assert client.post("/tokenize", headers=KEY, json={}).status_code == 401
+
+
+def test_unknown_path_and_wrong_method(client: httpx.Client) -> None:
+    answer = client.get("/v2/nothing")
+    assert answer.status_code == 404
+    assert error_of(answer)["code"] == "not_found"
+    answer = client.get("/v1/chat/completions")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "POST"
+    assert error_of(answer)["code"] == "method_not_allowed"
+    assert client.delete("/health").headers["allow"] == "GET, HEAD"
+    assert client.get("/v1/models/").status_code == 404
+
+
+def test_request_id(client: httpx.Client) -> None:
+    given = client.get("/health", headers={"x-request-id": "a-b_c.9"})
+    assert given.headers["x-request-id"] == "a-b_c.9"
+    for bad in ("with space", "x" * 129, "semi;colon"):
+        made = client.get("/nothing", headers={"x-request-id": bad}).headers["x-request-id"]
+        assert re.fullmatch(r"req-[0-9a-f]{24}", made)
+
+
+def test_headers_of_every_answer(client: httpx.Client) -> None:
+    for answer in (client.get("/health"), client.get("/nothing"), client.post("/v1/chat/completions", json=CHAT)):
+        assert answer.headers["server"] == "helixflow"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "strict-transport-security" not in answer.headers, "localhost would be bound for all its ports"
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_body_over_the_limit(served: Served, client: httpx.Client) -> None:
+    answer = client.post("/v1/chat/completions", content=b"x" * 200_001, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+    assert error_of(answer)["code"] == "payload_too_large"
+
+    def pieces() -> object:
+        for _ in range(30):
+            yield b" " * 10_000
+
+    with served.client(headers=KEY) as other:
+        answer = other.post("/tokenize", content=pieces(), headers={"content-type": "application/json"})  # type: ignore[arg-type]
+    assert answer.status_code == 413
+
+
+def test_body_in_pieces(served: Served) -> None:
+    body = b'{"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}'
+
+    def pieces() -> object:
+        for start in range(0, len(body), 7):
+            yield body[start : start + 7]
+
+    for http2 in (False, True):
+        with served.client(headers=KEY, http1=not http2, http2=http2) as client:
+            answer = client.post("/v1/chat/completions", content=pieces(), headers={"content-type": "application/json"})  # type: ignore[arg-type]
+            assert answer.status_code == 200
+
+
+def test_content_type(client: httpx.Client) -> None:
+    body = b'{"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}'
+    for kind in ("application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.x+json"):
+        assert client.post("/v1/chat/completions", content=body, headers={"content-type": kind}).status_code == 200
+    assert client.post("/v1/chat/completions", content=body).status_code == 200
+    answer = client.post(
+        "/v1/chat/completions", content=body, headers={"content-type": "application/x-www-form-urlencoded"}
+    )
+    assert answer.status_code == 415
+    assert "Content-Type: application/json" in str(error_of(answer)["message"])
+
+
+def test_cors_for_named_origins_only(pki: Layout) -> None:
+    with serving(pki, HELIX_GATEWAY_CORS_ORIGINS="https://a.example") as served, served.client() as client:
+        wanted = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization, x-stainless-os",
+        }
+        answer = client.options("/v1/chat/completions", headers={"origin": "https://a.example", **wanted})
+        assert answer.status_code == 204
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        assert answer.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
+        assert "POST" in answer.headers["access-control-allow-methods"]
+        assert answer.headers["vary"] == "origin"
+        answer = client.post("/v1/chat/completions", json=CHAT, headers={"origin": "https://a.example", **KEY})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        other = client.options("/v1/chat/completions", headers={"origin": "https://b.example", **wanted})
+        assert other.status_code == 405
+        assert "access-control-allow-origin" not in other.headers
+        assert (
+            "access-control-allow-origin"
+            not in client.get("/health", headers={"origin": "https://a.example.b"}).headers
+        )
+
+
+def test_cors_is_off_by_default(client: httpx.Client) -> None:
+    headers = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    answer = client.options("/v1/chat/completions", headers=headers)
+    assert answer.status_code == 405
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_tls_1_2_is_refused(served: Served) -> None:
+    context = ssl.create_default_context(cafile=str(served.config.certs / "helixflow-ca.pem"))
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with (
+        httpx.Client(verify=context) as client,
+        pytest.raises(httpx.ConnectError, match=r"(?i)version|handshake|alert"),
+    ):
+        client.get(served.url + "/health")
+
+
+def test_plain_http_on_loopback(pki: Layout) -> None:
+    with serving(pki, HELIX_GATEWAY_PLAIN_HTTP="true") as served, served.client() as client:
+        assert served.url.startswith("http://")
+        assert client.get("/health").status_code == 200
+
+
+def test_early_refusals_arrive_over_http2(served: Served) -> None:
+    big = b"x" * 5_000_000
+    with served.client(http1=False, http2=True) as client:
+        for _ in range(10):
+            assert client.post("/v1/chat/completions", json=CHAT).status_code == 401
+            assert client.post("/nothing", content=big).status_code == 404
+            assert client.post("/v1/chat/completions", content=big, headers=KEY).status_code == 413
+            assert client.post("/v1/chat/completions", content=b"{", headers=KEY).status_code == 400

@@ -1,0 +1,321 @@
+"""Request bodies: what is understood, accepted, refused by name; and that nothing else ever happens."""
+
+import json
+import time
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helixflow.core_rs import CoreError, InvalidRequest, UnsupportedParameter
+from helixflow.gateway import schema
+
+HELLO = [{"role": "user", "content": "Hello"}]
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+PREFIX = b'{"model": "m", "messages": [{"role": "user", "content": "x"}]'
+
+
+def chat(**options: Any) -> schema.Chat:
+    body = schema.decode(schema.CHAT, json.dumps({"model": "m", "messages": HELLO, **options}).encode())
+    body.conversation()
+    return body
+
+
+def completion(**options: Any) -> schema.Completion:
+    return schema.decode(schema.COMPLETION, json.dumps({"model": "m", "prompt": "p", **options}).encode())
+
+
+def refused(kind: type[CoreError], param: str | None, **options: Any) -> str:
+    with pytest.raises(kind) as caught:
+        chat(**options)
+    assert caught.value.param == param
+    return str(caught.value)
+
+
+def test_everything_understood() -> None:
+    body = chat(
+        stream=True,
+        stream_options={"include_usage": True, "include_obfuscation": False},
+        max_tokens=5,
+        max_completion_tokens=5,
+        temperature=2,
+        top_p=0.1,
+        top_k=40,
+        min_p=1,
+        n=16,
+        stop=["a", "b", "c", "d"],
+        seed=-(2**63),
+        presence_penalty=-2,
+        frequency_penalty=2,
+        repetition_penalty=1.1,
+        logit_bias={"17": 100, "0": -100.0},
+        logprobs=True,
+        top_logprobs=20,
+        ignore_eos=True,
+        user="u",
+        metadata={"a": "b"},
+        safety_identifier="s",
+        prompt_cache_key="k",
+    )
+    assert body.stop == ["a", "b", "c", "d"]
+    assert body.logit_bias == {17: 100.0, 0: -100.0}
+    assert body.seed == -(2**63)
+
+
+def test_null_means_absent() -> None:
+    fields = [name for name in schema.Chat.__struct_fields__ if name not in ("model", "messages")]
+    assert chat(**dict.fromkeys(fields)).temperature is None
+    fields = [name for name in schema.Completion.__struct_fields__ if name not in ("model", "prompt")]
+    assert completion(**dict.fromkeys(fields)).max_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function"}),
+        ("functions", [{}]),
+        ("function_call", {"name": "f"}),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "x"}),
+        ("prediction", {}),
+        ("reasoning_effort", "high"),
+        ("verbosity", "low"),
+        ("web_search_options", {}),
+        ("store", True),
+        ("service_tier", "flex"),
+    ],
+)
+def test_known_and_not_built(name: str, value: Any) -> None:
+    assert name in refused(UnsupportedParameter, name, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", []),
+        ("tool_choice", "none"),
+        ("parallel_tool_calls", True),
+        ("response_format", {"type": "text"}),
+        ("modalities", ["text"]),
+        ("store", False),
+        ("service_tier", "auto"),
+        ("reasoning_effort", "none"),
+    ],
+)
+def test_not_built_but_says_what_happens_anyway(name: str, value: Any) -> None:
+    assert chat(**{name: value}).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("param", "options"),
+    [
+        ("foo", {"foo": 1}),
+        ("temperature", {"temperature": 2.1}),
+        ("temperature", {"temperature": -0.1}),
+        ("temperature", {"temperature": "1"}),
+        ("temperature", {"temperature": True}),
+        ("top_p", {"top_p": 0}),
+        ("top_p", {"top_p": 1.1}),
+        ("top_k", {"top_k": -2}),
+        ("top_k", {"top_k": 1.5}),
+        ("min_p", {"min_p": 2}),
+        ("presence_penalty", {"presence_penalty": 3}),
+        ("frequency_penalty", {"frequency_penalty": -3}),
+        ("repetition_penalty", {"repetition_penalty": 0}),
+        ("n", {"n": 0}),
+        ("n", {"n": 17}),
+        ("max_tokens", {"max_tokens": 0}),
+        ("max_tokens", {"max_tokens": 5, "max_completion_tokens": 6}),
+        ("stop", {"stop": ""}),
+        ("stop", {"stop": list("abcde")}),
+        ("stop[1]", {"stop": ["a", ""]}),
+        ("seed", {"seed": 2**63}),
+        ("seed", {"seed": 1.5}),
+        ("logit_bias[...]", {"logit_bias": {"5": 101}}),
+        ("logit_bias", {"logit_bias": {"five": 1}}),
+        ("logit_bias", {"logit_bias": {"-5": 1}}),
+        ("top_logprobs", {"top_logprobs": 5}),
+        ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
+        ("logprobs", {"logprobs": 5}),
+        ("stream_options", {"stream_options": {"include_usage": True}}),
+        ("stream_options.x", {"stream": True, "stream_options": {"x": 1}}),
+        ("model", {"model": None}),
+        ("model", {"model": ""}),
+        ("messages", {"messages": []}),
+        ("messages", {"messages": None}),
+        ("messages", {"messages": "hi"}),
+        ("messages[1].role", {"messages": [*HELLO, {"role": "pirate", "content": "x"}]}),
+        ("messages[1].role", {"messages": [*HELLO, {"content": "x"}]}),
+        ("messages[0].content", {"messages": [{"role": "user"}]}),
+        ("messages[0].content", {"messages": [{"role": "user", "content": 5}]}),
+        ("messages[0].content[0].text", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+        ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}),
+        ("messages[0].extra", {"messages": [{"role": "user", "content": "x", "extra": 1}]}),
+        ("messages[0].name", {"messages": [{"role": "user", "content": "x", "name": ""}]}),
+    ],
+)
+def test_invalid_values_name_their_path(param: str, options: dict[str, Any]) -> None:
+    message = refused(InvalidRequest, param, **options)
+    assert message.startswith(f"{param}: ")
+    assert "$" not in message
+    assert "| null" not in message
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        ("messages[0].role", {"role": "tool", "content": "x"}),
+        ("messages[0].role", {"role": "function", "content": "x"}),
+        ("messages[0].content[1].type", {"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}),
+        ("messages[0].content[0].type", {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}),
+        ("messages[0].tool_calls", {"role": "assistant", "content": None, "tool_calls": [{}]}),
+        ("messages[0].audio", {"role": "assistant", "content": None, "audio": {"id": "x"}}),
+    ],
+)  # fmt: skip
+def test_messages_that_are_not_built(param: str, message: dict[str, Any]) -> None:
+    refused(UnsupportedParameter, param, messages=[message])
+
+
+def test_conversation() -> None:
+    body = chat(
+        messages=[
+            {"role": "system", "content": "s"},
+            {"role": "developer", "content": "d", "name": "ann"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": None, "refusal": None, "tool_calls": None, "annotations": []},
+            {"role": "user", "content": ""},
+        ]
+    )
+    expected = [
+        ("system", "s", None),
+        ("developer", "d", "ann"),
+        ("user", "ab", None),
+        ("assistant", "", None),
+        ("user", "", None),
+    ]
+    assert body.conversation() == expected
+
+
+def test_prompts() -> None:
+    assert completion(prompt="x").prompts() == ["x"]
+    assert completion(prompt=["x", "y"]).prompts() == ["x", "y"]
+    assert completion(prompt=[1, 2]).prompts() == [[1, 2]]
+    assert completion(prompt=[[1], [2, 3]]).prompts() == [[1], [2, 3]]
+    mixed: list[Any] = [["x", 1], [[1], "x"], [[]], ["x"] * 129]
+    for bad in mixed:
+        body = completion(prompt=bad)
+        with pytest.raises(InvalidRequest, match="prompt"):
+            body.prompts()
+    wrong: list[Any] = [[], [-1], [1.5], [[[1]]], 5, None, {"a": 1}]
+    for bad in wrong:
+        with pytest.raises(InvalidRequest, match="prompt"):
+            completion(prompt=bad)
+
+
+def test_completion_parameters() -> None:
+    assert completion(max_tokens=0, echo=True).max_tokens == 0
+    assert completion(best_of=1, suffix="").echo is None
+    for kind, options in (
+        (InvalidRequest, {"max_tokens": 0}),
+        (InvalidRequest, {"logprobs": 21}),
+        (InvalidRequest, {"logprobs": True}),
+        (InvalidRequest, {"messages": HELLO}),
+        (UnsupportedParameter, {"best_of": 2}),
+        (UnsupportedParameter, {"suffix": "x"}),
+    ):
+        with pytest.raises(kind):
+            completion(**options)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff\xfe",
+        b"\xef\xbb\xbf{}",
+        b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "m", "messages": [{"role": "user", "content": "\\udc00x"}]}',
+        b'{"model": "m", "messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
+        b'{"model": "m", "messages": [{"role": "user", "content": "\xff"}]}',
+        PREFIX + b', "temperature": NaN}',
+        PREFIX + b', "temperature": Infinity}',
+        PREFIX + b', "temperature": 1e999}',
+        PREFIX + b', "seed": 1e400}',
+        PREFIX + b"} trailing",
+        PREFIX + b', "tools": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model": "m", "messages": ' + b'[{"role":' * 100_000,
+        PREFIX + b', "response_format": ' + b'{"a":' * 50_000,
+        PREFIX[:-1] + b',{"role": "user", "content": "x"}' * 4096 + b"]}",
+        b'{"model": "m", "messages": [' + b"{}," * 1_000_000 + b"{}]}",
+    ],
+)  # fmt: skip
+def test_broken_bodies_are_refused_at_once(body: bytes) -> None:
+    began = time.perf_counter()
+    with pytest.raises(InvalidRequest):
+        schema.decode(schema.CHAT, body)
+    assert time.perf_counter() - began < 0.1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+NAMES = sorted(
+    {
+        name
+        for cls in (schema.Chat, schema.Completion, schema.Tokenize, schema.Detokenize)
+        for name in cls.__struct_fields__
+    }
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "system", "assistant", "tool", "x"])},
+    optional={name: JSON for name in schema.Message.__struct_fields__ if name != "role"},
+)
+BODY = st.dictionaries(st.sampled_from(NAMES), JSON) | st.fixed_dictionaries(
+    {"model": st.just("m"), "messages": st.lists(MESSAGE, max_size=3)},
+    optional={name: JSON for name in schema.Chat.__struct_fields__ if name not in ("model", "messages")},
+)
+DECODERS: list[msgspec.json.Decoder[Any]] = [schema.CHAT, schema.COMPLETION, schema.TOKENIZE, schema.DETOKENIZE]
+
+
+def valid_or_refused(decoder: msgspec.json.Decoder[Any], data: bytes) -> None:
+    refusal: CoreError | None = None
+    try:
+        body = schema.decode(decoder, data)
+        if isinstance(body, schema.Chat):
+            assert all(isinstance(text, str) for _role, text, _name in body.conversation())
+        if isinstance(body, schema.Completion):
+            assert body.prompts()
+    except CoreError as error:
+        refusal = error
+    assert refusal is None or (refusal.http_status == 400 and str(refusal))
+
+
+@given(st.sampled_from(DECODERS), BODY)
+def test_any_json_is_valid_or_refused(decoder: msgspec.json.Decoder[Any], body: Any) -> None:
+    valid_or_refused(decoder, json.dumps(body).encode())
+
+
+@given(st.sampled_from(DECODERS), st.binary() | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_bytes_are_refused(decoder: msgspec.json.Decoder[Any], data: bytes) -> None:
+    valid_or_refused(decoder, data)
+
+
+@given(st.integers(0, 120), st.binary(min_size=1, max_size=3))
+def test_damaged_bodies(position: int, noise: bytes) -> None:
+    whole = (
+        b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "x\\u00e9"}]}], "seed": 5}'
+    )
+    valid_or_refused(schema.CHAT, whole[:position] + noise + whole[position + len(noise) :])
