@@ -7,6 +7,14 @@ from numpy.typing import NDArray
 
 __version__: str
 
+# --- logs ---------------------------------------------------------------------
+
+def init_logging(service: str, level: str, json: bool) -> None:
+    """Sends the log lines of the extension to standard error, in the form of the Python side.
+
+    The first call of a process counts. Raises ValueError for an unknown level.
+    """
+
 # --- errors -------------------------------------------------------------------
 
 class CoreError(Exception):
@@ -124,7 +132,7 @@ class Call:
 
     id: int
     accepted: bool
-    """The pool has queued the request: errors from here on travel inside the stream."""
+    """The pool has queued the request. A failure from here on may still come before the first bytes: see `take`."""
     done: bool
     """Everything has been produced; `take()` may still hold the last bytes."""
     usage: Usage | None
@@ -135,11 +143,13 @@ class Call:
     pool: str | None
     """Address of the pool that serves the call."""
     def take(self) -> bytes:
-        """Everything rendered since the last call: SSE events, or the JSON body once done.
+        """Everything rendered since the last call: SSE events, or the JSON body once done. Empty when nothing is new.
 
-        Raises the call's CoreError when it failed before anything was rendered.
+        Raises the call's CoreError when it failed before anything was rendered; a later failure is rendered as an
+        error event and `[DONE]`. While `stream_buffer_bytes` are not taken, the pool parks the call.
         """
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        """Ends the work at the pool; the call is done at once, as cancelled. Nothing is rendered for it."""
 
 @final
 class ModelInfo:
@@ -155,7 +165,12 @@ class PoolInfo:
     address: str
     state: Literal["connecting", "ready", "not_ready", "draining", "ejected"]
     outstanding: int
+    """Sequences (prompts times choices) of this client that are under way there."""
     models: list[ModelInfo]
+    slots: int
+    running: int
+    """Sequences, of all its clients, that have a slot; `queued` ones wait for it. As the pool last told."""
+    queued: int
     last_error: str | None
 
 @final
@@ -174,11 +189,20 @@ class PoolClient:
         connect_timeout_ms: int = 2000,
         threads: int = 1,
         stream_buffer_bytes: int = 65536,
-    ) -> PoolClient: ...
+    ) -> PoolClient:
+        """Connects in the background and looks at the certificate files every second.
+
+        `tls` None: plain TCP, which only reaches loopback addresses. `expect_service`: whose certificate a pool must
+        show. Raises InvalidRequest for a bad address and TlsError for bad files.
+        """
     def fileno(self) -> int:
         """An eventfd that is readable while calls are ready: give it to `loop.add_reader`."""
     def ready(self) -> list[int]:
-        """Ids of the calls that changed since the last `ready()`; resets the eventfd."""
+        """Ids of the calls that changed since the last `ready()`; resets the eventfd.
+
+        A streaming call changes when it is accepted, when bytes are rendered and when it is done; any other call
+        when it is done.
+        """
     def chat(
         self, request: GenerateRequest, *, completion_id: str, created: int, stream: bool, include_usage: bool = False
     ) -> Call: ...
@@ -189,10 +213,15 @@ class PoolClient:
     def detokenize(self, model: str, ids: list[int], *, request_id: str) -> Call: ...
     def models(self) -> list[ModelInfo]:
         """Models of the pools that are ready now, each once."""
-    def pools(self) -> list[PoolInfo]: ...
+    def pools(self) -> list[PoolInfo]:
+        """What is known of every pool now, in the order of the addresses."""
     def reload_tls(self) -> None:
-        """Verifies the files and swaps them in. Raises TlsError and keeps the old ones otherwise."""
-    def close(self) -> None: ...
+        """Verifies the files and swaps them in; new connections replace the old ones without cutting a call.
+
+        Raises TlsError and keeps the old files otherwise.
+        """
+    def close(self) -> None:
+        """Ends the threads; calls under way end as Unavailable. May be called twice."""
 
 # --- pool side ----------------------------------------------------------------
 
@@ -232,6 +261,8 @@ class PoolOptions:
 class PoolStats:
     slots: int
     running: int
+    parked: int
+    """Running sequences that pause because their reader is behind."""
     queued: int
     queued_tokens: int
     steps: int
@@ -250,22 +281,32 @@ class Pool:
 
     def __new__(cls, model_dir: str, options: PoolOptions) -> Pool:
         """Loads tokenizer, template and generation config. Raises ModelFileError (file, key, reason)."""
-    def serve(
-        self, listen: str, tls: TlsFiles | None, *, allow: list[str] = ..., threads: int = 1
-    ) -> str:
+
+    def serve(self, listen: str, tls: TlsFiles | None, *, allow: list[str] | None = None, threads: int = 1) -> str:
         """Starts the gRPC server (inference, health, reflection); returns the bound `host:port`.
 
-        `allow`: services whose client certificates may call.
+        `allow`: services whose client certificates may call (default: api-gateway and monitoring). Without `tls` only
+        a loopback address is served. The server answers before `run`, as not ready. The certificate files are watched.
+        Raises TlsError, InvalidRequest (not an address) or Unavailable (cannot be bound).
         """
+
     def run(self, engine: Any) -> None:
         """The engine loop: blocks the calling thread until `stop()`. GIL held only inside the engine.
 
-        An exception of `engine.step` fails the requests of that step with EngineFailed, and is raised.
+        `engine`: see `helixflow.engine.base.Engine`. An exception of the engine fails the requests of that step with
+        EngineFailed and all others with Unavailable, and is raised; so is EngineFailed when `step` returns an array of
+        the wrong shape, type or layout. The pool is not ready then until `run` is called again.
         """
+
     def drain(self) -> None:
         """Not ready at once; new requests are refused as Draining; running ones go on."""
-    def idle(self) -> bool: ...
+
+    def idle(self) -> bool:
+        """Whether no request is in work or on its way to its client."""
+
     def stop(self) -> None:
-        """Cuts what still runs with an error frame and ends `run()` and the server."""
+        """Cuts what still runs with an error frame and ends `run()` and the server (after at most 2 s)."""
+
     def stats(self) -> PoolStats: ...
-    def reload_tls(self) -> None: ...
+    def reload_tls(self) -> None:
+        """Verifies the certificate files and swaps them in. Raises TlsError and keeps the old ones otherwise."""

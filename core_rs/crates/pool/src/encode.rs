@@ -1,0 +1,119 @@
+//! Prompts to token ids. Long ones are tokenised on a thread of their own.
+
+use std::sync::Arc;
+
+use helix_text::{EncodeError, Message, TextModel};
+use helix_wire::error::{Code, CoreError};
+use helix_wire::v1::{Input, input::Kind};
+use tokio::sync::Semaphore;
+
+/// About a millisecond of tokenising; more would hold up other calls of the I/O thread.
+const INLINE_BYTES: usize = 8 * 1024;
+
+/// Token ids of each input, and the name of the request parameter it came in.
+pub(crate) async fn encode_all(
+    text: &TextModel,
+    threads: &Arc<Semaphore>,
+    inputs: Vec<Input>,
+    add_special: bool,
+) -> Result<Vec<Encoded>, CoreError> {
+    let bytes: usize = inputs.iter().map(size).sum();
+    if bytes <= INLINE_BYTES {
+        return inputs
+            .into_iter()
+            .map(|input| encode(text, input, add_special))
+            .collect();
+    }
+    let failed = |error: &dyn std::fmt::Display| {
+        CoreError::new(
+            Code::Internal,
+            format!("the tokeniser thread ended unexpectedly: {error}"),
+        )
+    };
+    let permit = Arc::clone(threads)
+        .acquire_owned()
+        .await
+        .map_err(|error| failed(&error))?;
+    let text = text.clone();
+    let work = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        inputs
+            .into_iter()
+            .map(|input| encode(&text, input, add_special))
+            .collect()
+    });
+    work.await.map_err(|error| failed(&error))?
+}
+
+/// A tokenised input.
+pub(crate) struct Encoded {
+    pub(crate) ids: Arc<[u32]>,
+    /// `messages` or `prompt`.
+    pub(crate) param: &'static str,
+    /// The text as it was given.
+    pub(crate) text: Option<String>,
+}
+
+fn size(input: &Input) -> usize {
+    match &input.kind {
+        Some(Kind::Chat(chat)) => chat
+            .messages
+            .iter()
+            .map(|message| message.content.len() + 32)
+            .sum(),
+        Some(Kind::Text(text)) => text.len(),
+        Some(Kind::Tokens(_)) | None => 0,
+    }
+}
+
+fn encode(text: &TextModel, input: Input, add_special: bool) -> Result<Encoded, CoreError> {
+    match input.kind {
+        Some(Kind::Chat(chat)) => {
+            let messages: Vec<Message<'_>> = chat
+                .messages
+                .iter()
+                .map(|message| Message {
+                    role: &message.role,
+                    content: &message.content,
+                    name: message.name.as_deref(),
+                })
+                .collect();
+            let ids = text
+                .encode_chat(&messages, chat.add_generation_prompt)
+                .map_err(|error| refused(&error, "messages"))?;
+            Ok(Encoded {
+                ids: ids.into(),
+                param: "messages",
+                text: None,
+            })
+        }
+        Some(Kind::Text(prompt)) => {
+            let ids = text
+                .encode(&prompt, add_special)
+                .map_err(|error| refused(&error, "prompt"))?;
+            Ok(Encoded {
+                ids: ids.into(),
+                param: "prompt",
+                text: Some(prompt),
+            })
+        }
+        Some(Kind::Tokens(tokens)) => Ok(Encoded {
+            ids: tokens.ids.into(),
+            param: "prompt",
+            text: None,
+        }),
+        None => Err(CoreError::invalid(
+            "prompt",
+            "a prompt is empty; send a chat, a text or token ids",
+        )),
+    }
+}
+
+fn refused(error: &EncodeError, param: &str) -> CoreError {
+    match error {
+        EncodeError::Template(error) if error.is_client_fault() => {
+            CoreError::invalid(param, error.to_string())
+        }
+        _ => CoreError::new(Code::Internal, error.to_string()).with_param(param),
+    }
+}

@@ -1,0 +1,409 @@
+//! The engine thread: take commands, schedule, step, sample, commit, deliver.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use helix_sample::Sampler;
+use helix_sched::{Fcfs, Limits, Outcome, Plan, Scheduler, Started};
+use helix_wire::error::{Code, CoreError};
+
+use crate::engine::{Batch, Candidates, Capacity, RunError, StepEngine};
+use crate::inbox::{Command, Phase, Wait};
+use crate::pool::{Shared, Stats};
+use crate::request::{Job, split};
+use crate::running::Running;
+use crate::sequence::{Rows, Tools};
+
+/// The door has its own limits and refuses at once; the scheduler's never bind.
+const UNLIMITED: usize = usize::MAX / 4;
+
+pub(crate) struct EngineLoop<'p> {
+    shared: &'p Shared,
+    capacity: Capacity,
+    scheduler: Scheduler,
+    requests: HashMap<u64, Running>,
+    sampler: Sampler,
+    batch: Batch,
+    outcomes: Vec<Outcome>,
+    touched: Vec<u64>,
+    /// Requests whose reader is behind; zero spares the search for stalled ones.
+    parked: usize,
+    stats: Stats,
+}
+
+impl<'p> EngineLoop<'p> {
+    /// Opens the door of the pool.
+    pub(crate) fn new(shared: &'p Shared, capacity: Capacity) -> Result<Self, CoreError> {
+        let limits = Limits {
+            slots: capacity.slots,
+            max_len: capacity.max_len,
+            queue_requests: UNLIMITED,
+            queue_tokens: UNLIMITED,
+            step_tokens: shared.options.step_tokens,
+            prefix_reuse: shared.options.prefix_reuse,
+        };
+        shared.inbox.open(capacity)?;
+        let stats = shared.engine_stats();
+        Ok(Self {
+            shared,
+            capacity,
+            scheduler: Scheduler::new(limits, Box::new(Fcfs)),
+            requests: HashMap::new(),
+            sampler: Sampler::new(),
+            batch: Batch::default(),
+            outcomes: Vec::new(),
+            touched: Vec::new(),
+            parked: 0,
+            stats: Stats {
+                slots: capacity.slots,
+                ..stats
+            },
+        })
+    }
+
+    /// Runs until the pool is stopped or the engine fails.
+    pub(crate) fn run<E: StepEngine>(&mut self, engine: &mut E) -> Result<(), RunError<E::Error>> {
+        let mut commands = Vec::new();
+        let mut busy = false;
+        self.publish();
+        loop {
+            let wait = if busy {
+                Wait::Not
+            } else {
+                Wait::Until(self.wake_at())
+            };
+            let go_on = self.shared.inbox.take(&mut commands, wait);
+            for command in commands.drain(..) {
+                self.obey(command);
+            }
+            if !go_on {
+                let message = "the pool was stopped while the request ran; send it again";
+                self.fail_all(&CoreError::new(Code::Draining, message));
+                return Ok(());
+            }
+            let now = Instant::now();
+            self.expire(now);
+            self.cut_stalled(now);
+            let plan = self.scheduler.schedule();
+            self.publish();
+            busy = !plan.is_empty();
+            if busy {
+                self.step(engine, &plan)?;
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(job) => self.submit(*job),
+            Command::Cancel(number) => {
+                if let Some(request) = self.remove(number) {
+                    self.stats.requests_cancelled += 1;
+                    drop(request);
+                }
+            }
+            Command::Unpark(number) => {
+                let Some(request) = self.requests.get_mut(&number) else {
+                    return;
+                };
+                if request.parked().is_some() {
+                    request.resume();
+                    self.parked -= 1;
+                }
+                for id in request.alive() {
+                    self.scheduler.unpark(id);
+                }
+            }
+        }
+    }
+
+    fn submit(&mut self, job: Job) {
+        let deadline = self.shared.ticks(job.deadline);
+        let number = job.number;
+        let request = Running::new(job);
+        match self.scheduler.submit(request.sequences(deadline)) {
+            Ok(()) => {
+                self.requests.insert(number, request);
+            }
+            // The door has checked all of this; a refusal here is a bug, and still ends the request.
+            Err(refusal) => {
+                self.stats.requests_failed += 1;
+                request.fail(
+                    Instant::now(),
+                    CoreError::new(Code::Internal, refusal.to_string()),
+                );
+            }
+        }
+    }
+
+    /// Takes a request out, with everything the scheduler has of it.
+    fn remove(&mut self, number: u64) -> Option<Running> {
+        let request = self.requests.remove(&number)?;
+        self.parked -= usize::from(request.parked().is_some());
+        for id in request.alive() {
+            self.scheduler.cancel(id);
+        }
+        Some(request)
+    }
+
+    fn fail(&mut self, number: u64, error: CoreError) {
+        if let Some(request) = self.remove(number) {
+            self.stats.requests_failed += 1;
+            request.fail(Instant::now(), error);
+        }
+    }
+
+    fn fail_all(&mut self, error: &CoreError) {
+        let numbers: Vec<u64> = self.requests.keys().copied().collect();
+        for number in numbers {
+            self.fail(number, error.clone());
+        }
+        self.publish();
+    }
+
+    fn expire(&mut self, now: Instant) {
+        for id in self.scheduler.expire(self.shared.ticks(now)) {
+            let message = "the deadline passed before the request got its turn; the server is busy, try again";
+            self.fail(split(id).0, CoreError::new(Code::DeadlineExceeded, message));
+        }
+    }
+
+    /// Ends requests whose reader has not read for too long: their slots are worth more.
+    fn cut_stalled(&mut self, now: Instant) {
+        if self.parked == 0 {
+            return;
+        }
+        let limit = self.shared.options.stall_timeout;
+        let stalled =
+            |request: &Running| request.parked().is_some_and(|since| now - since >= limit);
+        let numbers: Vec<u64> = self
+            .requests
+            .iter()
+            .filter(|(_, r)| stalled(r))
+            .map(|(number, _)| *number)
+            .collect();
+        for number in numbers {
+            let message = format!(
+                "the answer was not read for {} ms, so it was cut",
+                limit.as_millis()
+            );
+            self.fail(number, CoreError::new(Code::DeadlineExceeded, message));
+        }
+    }
+
+    /// When the next deadline passes; `None` waits for a command.
+    fn wake_at(&self) -> Option<Instant> {
+        let deadline = self
+            .scheduler
+            .next_deadline()
+            .map(|ticks| self.shared.instant(ticks));
+        if self.parked == 0 {
+            return deadline;
+        }
+        let limit = self.shared.options.stall_timeout;
+        let stall = self
+            .requests
+            .values()
+            .filter_map(Running::parked)
+            .min()
+            .map(|since| since + limit);
+        deadline.into_iter().chain(stall).min()
+    }
+
+    fn step<E: StepEngine>(
+        &mut self,
+        engine: &mut E,
+        plan: &Plan,
+    ) -> Result<(), RunError<E::Error>> {
+        self.begin(&plan.started);
+        self.batch.fill(plan);
+        let copied = plan
+            .copies
+            .iter()
+            .try_for_each(|copy| engine.copy_prefix(copy.src, copy.dst, copy.len));
+        let rows = self.batch.rows();
+        let outcome = copied
+            .and_then(|()| engine.step(&self.batch))
+            .map_err(RunError::Engine);
+        let checked = outcome.and_then(|candidates| {
+            candidates.check(rows, self.capacity.vocab_size)?;
+            Ok(candidates)
+        });
+        match checked {
+            Ok(candidates) => {
+                self.count(plan);
+                self.take(plan, candidates);
+                Ok(())
+            }
+            Err(error) => {
+                self.abort();
+                Err(error)
+            }
+        }
+    }
+
+    fn begin(&mut self, started: &[Started]) {
+        let now = Instant::now();
+        for start in started {
+            self.stats.cached_tokens += start.cached as u64;
+            if let Some(request) = self.requests.get_mut(&split(start.id).0) {
+                request.start(start, &self.shared.text, now);
+            }
+        }
+    }
+
+    fn count(&mut self, plan: &Plan) {
+        self.stats.steps += 1;
+        let decode = plan
+            .items
+            .iter()
+            .filter(|item| item.len == 1 && item.sample && item.past > 0)
+            .count();
+        self.stats.decode_tokens += decode as u64;
+        self.stats.prefill_tokens += (plan.tokens.len() - decode) as u64;
+    }
+
+    /// Samples every row, commits, and sends each request what the step gave it.
+    fn take(&mut self, plan: &Plan, all: Candidates<'_>) {
+        let now = Instant::now();
+        let mut failed = Vec::new();
+        let mut first = 0;
+        self.outcomes.clear();
+        for item in &plan.items {
+            let rows = Rows {
+                all,
+                first,
+                vocab: self.capacity.vocab_size,
+            };
+            first += item.wanted;
+            let (number, _) = split(item.id);
+            let Some(request) = self.requests.get_mut(&number) else {
+                continue;
+            };
+            let mut tools = Tools {
+                text: &self.shared.text,
+                sampler: &mut self.sampler,
+            };
+            let outcome = match request.take(item, rows, &mut tools, now) {
+                Ok(sampled) => Outcome {
+                    id: item.id,
+                    token: sampled.map(|sampled| sampled.token),
+                    finished: sampled.is_some_and(|sampled| sampled.stopped),
+                },
+                Err(error) => {
+                    failed.push((
+                        number,
+                        CoreError::new(Code::EngineFailed, error.to_string()),
+                    ));
+                    Outcome {
+                        id: item.id,
+                        token: None,
+                        finished: true,
+                    }
+                }
+            };
+            self.outcomes.push(outcome);
+            if !std::mem::replace(&mut request.touched, true) {
+                self.touched.push(number);
+            }
+        }
+        for ended in self.scheduler.commit(&self.outcomes) {
+            let (number, choice) = split(ended.id);
+            if let Some(request) = self.requests.get_mut(&number) {
+                request.finish(choice);
+            }
+        }
+        for (number, error) in failed {
+            self.fail(number, error);
+        }
+        self.deliver(now);
+        self.park_latecomers(&plan.started);
+    }
+
+    fn deliver(&mut self, now: Instant) {
+        let mut touched = std::mem::take(&mut self.touched);
+        for number in touched.drain(..) {
+            let Some(request) = self.requests.get_mut(&number) else {
+                continue;
+            };
+            request.touched = false;
+            if request.is_over() {
+                if let Some(request) = self.requests.remove(&number) {
+                    self.parked -= usize::from(request.parked().is_some());
+                    self.stats.requests_finished += 1;
+                    request.complete(now);
+                }
+            } else if request.deliver(now) {
+                self.parked += 1;
+                for id in request.alive() {
+                    self.scheduler.park(id);
+                }
+            }
+        }
+        self.touched = touched;
+    }
+
+    /// Choices that got a slot while their request was parked are parked after their first step.
+    fn park_latecomers(&mut self, started: &[Started]) {
+        if self.parked == 0 {
+            return;
+        }
+        for start in started {
+            if self
+                .requests
+                .get(&split(start.id).0)
+                .is_some_and(|request| request.parked().is_some())
+            {
+                self.scheduler.park(start.id);
+            }
+        }
+    }
+
+    /// The engine failed: the requests of the step end as failed, the others can be tried elsewhere.
+    fn abort(&mut self) {
+        self.shared.inbox.fail();
+        for id in self.scheduler.abort_step() {
+            let message = "the engine failed while it computed this request; try again";
+            self.fail(split(id).0, CoreError::new(Code::EngineFailed, message));
+        }
+        let message = "the engine failed before this request was done; try again";
+        self.fail_all(&CoreError::new(Code::Unavailable, message));
+    }
+
+    fn publish(&mut self) {
+        let counts = self.scheduler.counts();
+        self.shared.inbox.report(&counts);
+        self.stats.running = counts.slots_used;
+        self.stats.parked = counts.parked;
+        self.stats.queued = counts.waiting;
+        self.stats.queued_tokens = counts.waiting_tokens;
+        self.shared.publish(&self.stats);
+    }
+}
+
+impl Drop for EngineLoop<'_> {
+    fn drop(&mut self) {
+        // Normally nothing is left. After a panic of the engine this is what ends the requests.
+        self.shared.inbox.fail();
+        let mut commands = Vec::new();
+        self.shared.inbox.take(&mut commands, Wait::Not);
+        for command in commands {
+            self.obey(command);
+        }
+        self.fail_all(&CoreError::new(
+            Code::Unavailable,
+            "the engine stopped before this request was done; try again",
+        ));
+        debug_assert!(!matches!(self.shared.inbox.phase().0, Phase::Running(_)));
+    }
+}
+
+/// Milliseconds between two instants, rounded down.
+pub(crate) fn ticks(since: Instant, now: Instant) -> u64 {
+    u64::try_from(now.saturating_duration_since(since).as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The first instant at which [`ticks`] gives this value.
+pub(crate) fn instant(since: Instant, ticks: u64) -> Instant {
+    since + Duration::from_millis(ticks)
+}

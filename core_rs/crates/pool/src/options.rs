@@ -1,0 +1,49 @@
+//! What an operator may set.
+
+use std::time::Duration;
+
+/// Options of one pool.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of the model in the API.
+    pub model_id: String,
+    /// Further names that mean the same model.
+    pub aliases: Vec<String>,
+    /// When the model was made, seconds since 1970.
+    pub created: u64,
+    /// Requests that may wait for a slot.
+    pub queue_requests: usize,
+    /// Prompt tokens that may wait, all requests together.
+    pub queue_tokens: usize,
+    /// Tokens of one engine step.
+    pub step_tokens: usize,
+    /// Engine steps whose output a request may hold unread before its sequences are parked.
+    pub stream_frames: u32,
+    /// How long a request may stay parked before it is cut.
+    pub stall_timeout: Duration,
+    /// Time from arrival to prefill of a request that names none.
+    pub default_timeout: Duration,
+    /// Whether a sequence may start from a prefix that some slot already holds.
+    pub prefix_reuse: bool,
+    /// Largest request message, encoded.
+    pub max_message_bytes: usize,
+}
+
+impl Options {
+    /// The defaults for a model of this name.
+    pub fn new(model_id: impl Into<String>) -> Self {
+        Self {
+            model_id: model_id.into(),
+            aliases: Vec::new(),
+            created: 0,
+            queue_requests: 1024,
+            queue_tokens: 1 << 20,
+            step_tokens: 512,
+            stream_frames: 64,
+            stall_timeout: Duration::from_secs(60),
+            default_timeout: Duration::from_secs(120),
+            prefix_reuse: true,
+            max_message_bytes: 16 << 20,
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! One choice in work: from rows of candidates to text.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use helix_sample::{History, Params, SampleError, Sampler};
+use helix_sched::Item;
+use helix_text::{Detokenizer, StopMatcher, TextModel};
+use helix_wire::v1::{Delta, TokenLogprob};
+
+use crate::engine::{Candidates, Row};
+use crate::outbox::Staged;
+use crate::request::{Prompt, Wishes};
+
+/// Prompt tokens in one piece of an echo with log-probabilities.
+const ECHO_PIECE: usize = 512;
+
+/// What all sequences share on the engine thread.
+pub(crate) struct Tools<'a> {
+    pub(crate) text: &'a TextModel,
+    pub(crate) sampler: &'a mut Sampler,
+}
+
+/// The rows of one item.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub(crate) all: Candidates<'a>,
+    pub(crate) first: usize,
+    pub(crate) vocab: usize,
+}
+
+impl<'a> Rows<'a> {
+    fn get(&self, index: usize) -> Row<'a> {
+        self.all.row(self.first + index, self.vocab)
+    }
+}
+
+/// What a step gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sampled {
+    pub(crate) token: u32,
+    /// End of text, or a stop string.
+    pub(crate) stopped: bool,
+}
+
+pub(crate) struct Sequence {
+    choice: u32,
+    params: Params,
+    history: History,
+    detokenizer: Detokenizer,
+    stops: Option<StopMatcher>,
+    /// Position of the next token, prompt included.
+    position: u64,
+    logprobs: Option<usize>,
+    ignore_eos: bool,
+    /// Bytes that the detokeniser gave, and bytes that were sent; the stop strings hold the difference.
+    decided: usize,
+    sent: usize,
+    /// Tokens that no delta has counted yet.
+    unsent: u32,
+    /// Log-probabilities of tokens whose text may still turn out to be a stop string, each with the byte at
+    /// which its text begins.
+    held: VecDeque<(usize, TokenLogprob)>,
+    /// Text and log-probabilities of a prompt that is to be echoed once it is computed.
+    echo: Option<(String, Vec<TokenLogprob>)>,
+}
+
+impl Sequence {
+    /// A choice whose prompt is about to be computed. An echo without log-probabilities is staged at once.
+    pub(crate) fn new(
+        choice: usize,
+        prompt: &Prompt,
+        wishes: &Wishes,
+        text: &TextModel,
+        out: &mut Staged,
+    ) -> Self {
+        let params = wishes.params(choice);
+        let choice = u32::try_from(choice).unwrap_or(u32::MAX);
+        let mut detokenizer = text.detokenizer();
+        detokenizer.prime(&prompt.ids);
+        let mut echo = prompt.echo.clone().map(|text| (text, Vec::new()));
+        if wishes.logprobs.is_none()
+            && let Some((text, _)) = echo.take()
+        {
+            out.deltas.push(Delta {
+                choice,
+                text,
+                tokens: 0,
+                logprobs: Vec::new(),
+            });
+        }
+        Self {
+            choice,
+            history: History::new(&params, &prompt.ids),
+            params,
+            detokenizer,
+            stops: wishes.stops.clone(),
+            position: prompt.ids.len() as u64,
+            logprobs: wishes.logprobs,
+            ignore_eos: wishes.ignore_eos,
+            decided: 0,
+            sent: 0,
+            unsent: 0,
+            held: VecDeque::new(),
+            echo,
+        }
+    }
+
+    /// Takes the rows of one item: echoes the prompt, samples the next token, or both.
+    pub(crate) fn take(
+        &mut self,
+        item: &Item,
+        prompt: &[u32],
+        rows: Rows<'_>,
+        tools: &mut Tools<'_>,
+        out: &mut Staged,
+    ) -> Result<Option<Sampled>, SampleError> {
+        if self.echo.is_some() {
+            self.take_echo(item, prompt, rows, tools, out)?;
+        }
+        if !item.sample {
+            return Ok(None);
+        }
+        let row = rows.get(item.wanted.saturating_sub(1));
+        let token = match row {
+            Row::Logits(logits) => {
+                tools
+                    .sampler
+                    .sample(logits, &self.params, &self.history, self.position)?
+            }
+            Row::Token(token) => token,
+        };
+        self.position += 1;
+        if !self.ignore_eos && tools.text.eos_ids().contains(&token) {
+            self.finish(out);
+            return Ok(Some(Sampled {
+                token,
+                stopped: true,
+            }));
+        }
+        self.history.push(token);
+        if let Some(count) = self.logprobs {
+            self.held
+                .push_back((self.decided, logprob(tools, row, token, count)?));
+        }
+        let stopped = self.push(token, out);
+        Ok(Some(Sampled { token, stopped }))
+    }
+
+    /// The answer is over: stages what is still held. True when that completes a stop string.
+    pub(crate) fn finish(&mut self, out: &mut Staged) -> bool {
+        let mut text = String::new();
+        self.detokenizer.finish(&mut text);
+        self.decided += text.len();
+        let mut stopped = false;
+        if let Some(stops) = &mut self.stops {
+            let found = stops.push(&text);
+            text = found.emit;
+            stopped = found.stopped;
+            if !stopped {
+                text.push_str(&stops.finish());
+            }
+        }
+        self.stage(text, stopped, out);
+        stopped
+    }
+
+    fn push(&mut self, token: u32, out: &mut Staged) -> bool {
+        self.unsent += 1;
+        let mut text = String::new();
+        self.detokenizer.push(token, &mut text);
+        self.decided += text.len();
+        let mut stopped = false;
+        if let Some(stops) = self.stops.as_mut().filter(|_| !text.is_empty()) {
+            let found = stops.push(&text);
+            text = found.emit;
+            stopped = found.stopped;
+        }
+        self.stage(text, stopped, out);
+        stopped
+    }
+
+    fn stage(&mut self, text: String, stopped: bool, out: &mut Staged) {
+        self.sent += text.len();
+        let all = !stopped && self.sent == self.decided;
+        let mut logprobs = Vec::new();
+        while let Some((start, _)) = self.held.front()
+            && (all || *start < self.sent)
+        {
+            logprobs.extend(self.held.pop_front().map(|(_, entry)| entry));
+        }
+        if text.is_empty() && logprobs.is_empty() {
+            return;
+        }
+        let tokens = std::mem::take(&mut self.unsent);
+        out.deltas.push(Delta {
+            choice: self.choice,
+            text,
+            tokens,
+            logprobs,
+        });
+    }
+
+    /// Row `i` of a chunk tells how probable the prompt token after it was.
+    fn take_echo(
+        &mut self,
+        item: &Item,
+        prompt: &[u32],
+        rows: Rows<'_>,
+        tools: &mut Tools<'_>,
+        out: &mut Staged,
+    ) -> Result<(), SampleError> {
+        let Some((_, entries)) = &mut self.echo else {
+            return Ok(());
+        };
+        let count = self.logprobs.unwrap_or(0);
+        if item.past == 0
+            && let Some(first) = prompt.first()
+        {
+            let text = Bytes::copy_from_slice(tools.text.token_bytes(*first));
+            entries.push(TokenLogprob {
+                token: *first,
+                text,
+                absent: true,
+                ..TokenLogprob::default()
+            });
+        }
+        for index in 0..item.wanted.min(item.len) {
+            if let Some(next) = prompt.get(item.past + index + 1) {
+                entries.push(logprob(tools, rows.get(index), *next, count)?);
+            }
+        }
+        if item.past + item.len < prompt.len() {
+            return Ok(());
+        }
+        let Some((mut text, entries)) = self.echo.take() else {
+            return Ok(());
+        };
+        let mut entries = entries.into_iter().peekable();
+        while entries.peek().is_some() {
+            let logprobs = entries.by_ref().take(ECHO_PIECE).collect();
+            let text = std::mem::take(&mut text);
+            out.deltas.push(Delta {
+                choice: self.choice,
+                text,
+                tokens: 0,
+                logprobs,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn logprob(
+    tools: &mut Tools<'_>,
+    row: Row<'_>,
+    token: u32,
+    count: usize,
+) -> Result<TokenLogprob, SampleError> {
+    let text = tools.text;
+    let entry = |token, logprob| TokenLogprob {
+        token,
+        text: Bytes::copy_from_slice(text.token_bytes(token)),
+        logprob,
+        ..TokenLogprob::default()
+    };
+    match row {
+        Row::Logits(logits) => {
+            let found = tools.sampler.logprobs(logits, token, count)?;
+            let top = found
+                .top
+                .into_iter()
+                .map(|(token, logprob)| entry(token, logprob))
+                .collect();
+            Ok(TokenLogprob {
+                top,
+                ..entry(token, found.chosen)
+            })
+        }
+        Row::Token(_) => {
+            let top = if count > 0 {
+                vec![entry(token, 0.0)]
+            } else {
+                Vec::new()
+            };
+            Ok(TokenLogprob {
+                top,
+                ..entry(token, 0.0)
+            })
+        }
+    }
+}

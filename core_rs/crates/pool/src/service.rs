@@ -1,0 +1,323 @@
+//! The gRPC methods.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures_util::{Stream, stream};
+use helix_wire::error::{Code, CoreError};
+use helix_wire::v1::inference_server::{Inference, InferenceServer};
+use helix_wire::v1::{
+    Accepted, DetokenizeReply, DetokenizeRequest, GenerateFrame, GenerateRequest, PoolState,
+    TokenizeReply, TokenizeRequest, Usage, WatchRequest,
+};
+use tokio::sync::watch;
+use tonic::{Request, Response, Status};
+use tracing::info;
+
+use crate::encode::{Encoded, encode_all};
+use crate::inbox::Command;
+use crate::outbox::Outbox;
+use crate::pool::Shared;
+use crate::request::{
+    Job, MAX_ID_BYTES, Prompt, Wishes, check_input, check_model, grpc_timeout, room, timeout,
+};
+
+/// Least time between two states of one watcher: counts change with every step.
+const WATCH_PAUSE: Duration = Duration::from_millis(20);
+/// A watcher hears at least this often while requests run.
+const WATCH_BEAT: Duration = Duration::from_secs(1);
+/// Tokens of one detokenise call.
+const MAX_DETOKENIZE: usize = 1 << 20;
+
+pub(crate) struct Service {
+    shared: Arc<Shared>,
+}
+
+impl Service {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    pub(crate) fn into_server(self) -> InferenceServer<Self> {
+        let limit = self.shared.options.max_message_bytes;
+        InferenceServer::new(self).max_decoding_message_size(limit)
+    }
+
+    /// Checks, tokenises and queues a request.
+    async fn admit(
+        &self,
+        request: GenerateRequest,
+        arrival: Instant,
+        grpc: Option<Duration>,
+    ) -> Result<Answer, CoreError> {
+        let shared = &self.shared;
+        let capacity = shared.inbox.capacity()?;
+        check_model(&request.model, &shared.options)?;
+        let wishes = Wishes::check(&request, capacity)?;
+        for input in &request.inputs {
+            check_input(input, capacity, shared.longest_token)?;
+        }
+        let encoded = encode_all(&shared.text, &shared.tokenisers, request.inputs, true).await?;
+        let mut prompts = Vec::with_capacity(encoded.len());
+        for input in encoded {
+            prompts.push(self.prompt(input, request.max_tokens, capacity.max_len, wishes.echo)?);
+        }
+        let accepted = Accepted {
+            model: shared.options.model_id.clone(),
+            prompt_tokens: prompts
+                .iter()
+                .map(|prompt| u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX))
+                .collect(),
+        };
+        let outbox = Arc::new(Outbox::new(
+            accepted,
+            shared.options.stream_frames,
+            request.stream,
+        ));
+        let number = shared.next_number();
+        let job = Job {
+            number,
+            arrival,
+            deadline: arrival + timeout(request.timeout_ms, grpc, shared.options.default_timeout),
+            prompts,
+            wishes,
+            outbox: Arc::clone(&outbox),
+        };
+        let tokens = job.tokens();
+        // Before the job is queued, so that the pool never looks idle while it holds one.
+        shared.live.fetch_add(1, Ordering::AcqRel);
+        if let Err(refused) = shared.inbox.submit(job, tokens) {
+            shared.live.fetch_sub(1, Ordering::AcqRel);
+            return Err(refused);
+        }
+        shared.count_accepted();
+        Ok(Answer {
+            number,
+            request_id: request.request_id,
+            outbox,
+            shared: Arc::clone(shared),
+            usage: None,
+            error: None,
+        })
+    }
+
+    fn prompt(
+        &self,
+        input: Encoded,
+        max_tokens: Option<u32>,
+        max_len: usize,
+        echo: bool,
+    ) -> Result<Prompt, CoreError> {
+        let max_new = room(input.ids.len(), max_tokens, max_len, input.param)?;
+        let echo = echo.then(|| {
+            input
+                .text
+                .unwrap_or_else(|| self.shared.text.decode(&input.ids))
+        });
+        Ok(Prompt {
+            ids: input.ids,
+            max_new,
+            echo,
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl Inference for Service {
+    type GenerateStream = Answer;
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<PoolState, Status>> + Send>>;
+
+    async fn generate(
+        &self,
+        request: Request<GenerateRequest>,
+    ) -> Result<Response<Answer>, Status> {
+        let arrival = Instant::now();
+        let grpc = request
+            .metadata()
+            .get("grpc-timeout")
+            .and_then(|value| grpc_timeout(value.to_str().ok()?));
+        let request = request.into_inner();
+        let request_id = request.request_id.clone();
+        match self.admit(request, arrival, grpc).await {
+            Ok(answer) => Ok(Response::new(answer)),
+            Err(error) => {
+                self.shared.count_refused();
+                info!(
+                    request_id = shown(&request_id),
+                    outcome = error.code.as_str(),
+                    "request refused"
+                );
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn tokenize(
+        &self,
+        request: Request<TokenizeRequest>,
+    ) -> Result<Response<TokenizeReply>, Status> {
+        let request = request.into_inner();
+        let shared = &self.shared;
+        let capacity = shared.inbox.capacity()?;
+        check_model(&request.model, &shared.options)?;
+        let inputs: Vec<_> = request.input.into_iter().collect();
+        for input in &inputs {
+            check_input(input, capacity, shared.longest_token)?;
+        }
+        let encoded = encode_all(
+            &shared.text,
+            &shared.tokenisers,
+            inputs,
+            request.add_special_tokens,
+        )
+        .await?;
+        let Some(input) = encoded.into_iter().next() else {
+            return Err(CoreError::invalid(
+                "prompt",
+                "there is nothing to tokenize; send a prompt or messages",
+            )
+            .into());
+        };
+        let max_model_len = u32::try_from(capacity.max_len).unwrap_or(u32::MAX);
+        Ok(Response::new(TokenizeReply {
+            tokens: input.ids.to_vec(),
+            max_model_len,
+        }))
+    }
+
+    async fn detokenize(
+        &self,
+        request: Request<DetokenizeRequest>,
+    ) -> Result<Response<DetokenizeReply>, Status> {
+        let request = request.into_inner();
+        let vocab = self.shared.inbox.capacity()?.vocab_size;
+        check_model(&request.model, &self.shared.options)?;
+        if request.tokens.len() > MAX_DETOKENIZE {
+            let message = format!(
+                "{} tokens are given; at most {MAX_DETOKENIZE} are decoded",
+                request.tokens.len()
+            );
+            return Err(CoreError::invalid("tokens", message).into());
+        }
+        if let Some(id) = request.tokens.iter().find(|id| **id as usize >= vocab) {
+            let message =
+                format!("token id {id} is not in the model's vocabulary of {vocab} tokens");
+            return Err(CoreError::invalid("tokens", message).into());
+        }
+        let text = self.shared.text.clone();
+        let work = tokio::task::spawn_blocking(move || text.decode(&request.tokens));
+        let text = work
+            .await
+            .map_err(|error| CoreError::new(Code::Internal, error.to_string()))?;
+        Ok(Response::new(DetokenizeReply { text }))
+    }
+
+    async fn watch(
+        &self,
+        _request: Request<WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let watcher = (
+            self.shared.state.subscribe(),
+            self.shared.closed.subscribe(),
+            true,
+        );
+        let states = stream::unfold(watcher, |(mut state, mut closed, first)| async move {
+            if !first {
+                tokio::select! {
+                    () = next_state(&mut state) => {}
+                    _ = closed.wait_for(|closed| *closed) => return None,
+                }
+            }
+            let now = state.borrow_and_update().clone();
+            Some((Ok(now), (state, closed, false)))
+        });
+        Ok(Response::new(Box::pin(states)))
+    }
+}
+
+/// Waits for a change, or for the next beat while requests run.
+async fn next_state(state: &mut watch::Receiver<PoolState>) {
+    tokio::time::sleep(WATCH_PAUSE).await;
+    let busy = state.borrow().running > 0;
+    if busy {
+        // No change within the beat: the state is sent again as it is.
+        let _ = tokio::time::timeout(WATCH_BEAT, state.changed()).await;
+    } else if state.changed().await.is_err() {
+        // The pool is gone; its closing ends the stream.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// A request id that was not checked, as far as it fits into a log line.
+fn shown(request_id: &str) -> &str {
+    if request_id.len() <= MAX_ID_BYTES {
+        request_id
+    } else {
+        "(too long)"
+    }
+}
+
+/// One request's frames. Dropping it cancels whatever still runs.
+pub(crate) struct Answer {
+    number: u64,
+    request_id: String,
+    outbox: Arc<Outbox>,
+    shared: Arc<Shared>,
+    usage: Option<Usage>,
+    error: Option<Code>,
+}
+
+impl Stream for Answer {
+    type Item = Result<GenerateFrame, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let taken = self.outbox.poll(cx);
+        if taken.resume {
+            self.shared.inbox.send(Command::Unpark(self.number));
+        }
+        match &taken.poll {
+            Poll::Ready(Some(Ok(frame))) if frame.usage.is_some() => self.usage = frame.usage,
+            Poll::Ready(Some(Err(error))) => self.error = Some(error.code),
+            _ => {}
+        }
+        taken
+            .poll
+            .map(|item| item.map(|frame| frame.map_err(Status::from)))
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if !self.outbox.close() {
+            self.shared.inbox.send(Command::Cancel(self.number));
+        }
+        self.shared.live.fetch_sub(1, Ordering::AcqRel);
+        self.log();
+    }
+}
+
+impl Answer {
+    /// One line per request, written here and not on the engine thread, which must not wait for a pipe.
+    fn log(&self) {
+        let usage = self.usage.unwrap_or_default();
+        let outcome = match (self.error, self.usage) {
+            (Some(code), _) => code.as_str(),
+            (None, Some(_)) => "finished",
+            (None, None) => Code::Cancelled.as_str(),
+        };
+        info!(
+            request_id = self.request_id,
+            outcome,
+            prompt_tokens = usage.prompt_tokens,
+            cached_tokens = usage.cached_tokens,
+            completion_tokens = usage.completion_tokens,
+            queue_us = usage.queue_us,
+            first_token_us = usage.first_token_us,
+            total_us = usage.total_us,
+            "request"
+        );
+    }
+}

@@ -1,0 +1,172 @@
+//! The task that keeps one pool: connects, watches its state, ejects it, takes it back.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::time::Duration;
+
+use h2::{Ping, PingPong};
+use http::uri::PathAndQuery;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::Streaming;
+
+use super::Options;
+use super::channel::{Channel, Connected, Endpoint};
+use super::codec::{self, Codec};
+use super::pool::{Pool, State};
+use crate::error::CoreError;
+use crate::v1;
+
+type Watch = Streaming<v1::PoolState>;
+
+/// A connection whose `Watch` stream is open.
+struct Session {
+    connected: Connected,
+    watch: Watch,
+}
+
+/// Runs until its task is dropped.
+pub(super) async fn keep(
+    pool: Arc<Pool>,
+    endpoint: Endpoint,
+    options: Options,
+    changes: watch::Sender<u64>,
+) {
+    let keeper = Keeper {
+        pool,
+        endpoint,
+        options,
+        changes,
+    };
+    let mut pause = keeper.options.backoff_min;
+    loop {
+        let opened = Instant::now();
+        let reason = match keeper.open().await {
+            Ok(session) => keeper.follow(session).await,
+            Err(reason) => reason,
+        };
+        keeper.eject(reason);
+        // A pool that comes and goes is not hammered: only one that stayed starts over.
+        if opened.elapsed() > keeper.options.backoff_max {
+            pause = keeper.options.backoff_min;
+        }
+        sleep(jitter(pause)).await;
+        pause = (pause * 2).min(keeper.options.backoff_max);
+    }
+}
+
+struct Keeper {
+    pool: Arc<Pool>,
+    endpoint: Endpoint,
+    options: Options,
+    changes: watch::Sender<u64>,
+}
+
+impl Keeper {
+    async fn open(&self) -> Result<Session, String> {
+        let connected = self.endpoint.connect().await?;
+        let opening = timeout(self.options.connect_timeout, open_watch(&connected.channel));
+        let watch = opening
+            .await
+            .map_err(|_| "the pool does not answer".to_owned())??;
+        Ok(Session { connected, watch })
+    }
+
+    /// Follows the state of the pool until the connection fails; returns why it did.
+    async fn follow(&self, mut session: Session) -> String {
+        let mut swaps = self.endpoint.swaps();
+        let mut silence = Box::pin(pings(session.connected.ping.take(), self.options.clone()));
+        loop {
+            let renewed = tokio::select! {
+                message = session.watch.message() => {
+                    match message {
+                        Ok(Some(told)) => self.told(told, &session.connected.channel),
+                        Ok(None) => return "the pool closed the connection".to_owned(),
+                        Err(status) => return CoreError::from(status).message,
+                    }
+                    continue;
+                }
+                () = &mut silence => {
+                    // Its calls would wait for ever: cut them, so that they fail or go elsewhere.
+                    session.connected.driver.abort();
+                    return format!("no answer to a ping within {} ms", self.options.ping_timeout.as_millis());
+                }
+                () = swapped(swaps.as_mut()) => self.open().await,
+            };
+            // The old connection closes with the last of its calls.
+            match renewed {
+                Ok(fresh) => {
+                    session = fresh;
+                    silence = Box::pin(pings(session.connected.ping.take(), self.options.clone()));
+                }
+                Err(reason) => {
+                    tracing::warn!(pool = %self.endpoint.address(), %reason, "no connection with the new certificates");
+                    self.pool
+                        .note(format!("with the new certificates: {reason}"));
+                }
+            }
+        }
+    }
+
+    fn told(&self, told: v1::PoolState, channel: &Channel) {
+        let (before, state) = self.pool.told(told, channel);
+        if before != state {
+            tracing::info!(pool = %self.endpoint.address(), state = state.as_str(), "inference pool");
+        }
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    fn eject(&self, reason: String) {
+        let text = reason.clone();
+        let before = self.pool.eject(reason);
+        if before != State::Ejected {
+            tracing::warn!(pool = %self.endpoint.address(), reason = %text, "inference pool ejected");
+        }
+        self.changes.send_modify(|count| *count += 1);
+    }
+}
+
+async fn open_watch(channel: &Channel) -> Result<Watch, String> {
+    let text = |status: tonic::Status| CoreError::from(status).message;
+    let mut grpc = channel.grpc();
+    grpc.ready().await.map_err(text)?;
+    let request = codec::request(Arc::new(v1::WatchRequest {}), "");
+    let path = PathAndQuery::from_static("/helixflow.v1.Inference/Watch");
+    let response = grpc
+        .server_streaming(request, path, Codec::default())
+        .await
+        .map_err(text)?;
+    Ok(response.into_inner())
+}
+
+/// Ends when a ping was not answered in time.
+async fn pings(ping: Option<PingPong>, options: Options) {
+    let Some(mut ping) = ping else {
+        return std::future::pending().await;
+    };
+    loop {
+        sleep(options.ping_interval).await;
+        match timeout(options.ping_timeout, ping.ping(Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            // A broken connection: the watch stream tells more.
+            Ok(Err(_)) => return std::future::pending().await,
+            Err(_) => return,
+        }
+    }
+}
+
+async fn swapped(swaps: Option<&mut watch::Receiver<u64>>) {
+    let changed = match swaps {
+        Some(swaps) => swaps.changed().await.is_ok(),
+        None => false,
+    };
+    if !changed {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Between half of `pause` and all of it: clients that lost a pool together come back apart.
+fn jitter(pause: Duration) -> Duration {
+    let random = RandomState::new().hash_one(0_u8) % 1000;
+    pause / 2 + (pause / 2000) * u32::try_from(random).unwrap_or_default()
+}

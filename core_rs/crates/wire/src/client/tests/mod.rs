@@ -1,0 +1,8 @@
+//! Tests against small pools on loopback.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod balance;
+mod fake;
+mod flow;
+mod retry;
+mod tls;

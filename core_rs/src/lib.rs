@@ -1,0 +1,32 @@
+//! The Rust extension of `HelixFlow`: the only crate that names `PyO3`. This file is its export list.
+
+mod call;
+mod client;
+mod errors;
+mod logs;
+mod pool;
+mod runtime;
+mod tls;
+
+use pyo3::prelude::*;
+
+/// Everything Python sees of the extension; its contract is `helixflow/core_rs.pyi`.
+#[pymodule(gil_used = true)]
+fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    errors::register(module)?;
+    module.add_function(wrap_pyfunction!(logs::init_logging, module)?)?;
+    module.add_class::<tls::TlsFiles>()?;
+    module.add_class::<client::request::Prompt>()?;
+    module.add_class::<client::request::GenerateRequest>()?;
+    module.add_class::<client::info::Usage>()?;
+    module.add_class::<client::info::ModelInfo>()?;
+    module.add_class::<client::info::PoolInfo>()?;
+    module.add_class::<call::Call>()?;
+    module.add_class::<client::PoolClient>()?;
+    module.add_class::<pool::Batch>()?;
+    module.add_class::<pool::PoolOptions>()?;
+    module.add_class::<pool::PoolStats>()?;
+    module.add_class::<pool::Pool>()?;
+    Ok(())
+}

@@ -1,0 +1,164 @@
+//! The inference pool, as Python drives it.
+
+mod engine;
+mod options;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use helix_pool::RunError;
+use helix_tls::ServerTls;
+use helix_wire::error::{Code, CoreError};
+use helix_wire::server::{Listener, Server};
+use helix_wire::service::{GATEWAY, MONITORING};
+use parking_lot::Mutex;
+use pyo3::prelude::*;
+use tokio::runtime::Runtime;
+
+pub(crate) use engine::Batch;
+pub(crate) use options::{PoolOptions, PoolStats};
+
+use crate::errors::to_py;
+use crate::runtime;
+use crate::tls::{TlsFiles, refused};
+
+/// How often the certificate files are looked at.
+const WATCH_FILES: Duration = Duration::from_secs(5);
+/// Time for the last frames to leave when the pool stops.
+const LAST_FRAMES: Duration = Duration::from_secs(2);
+
+/// Text, scheduler and gRPC server of one model; the engine is a Python object.
+#[pyclass(frozen, module = "helixflow.core_rs")]
+pub(crate) struct Pool {
+    pool: helix_pool::Pool,
+    serving: Mutex<Option<Serving>>,
+}
+
+struct Serving {
+    runtime: Runtime,
+    server: Server,
+    tls: Option<Arc<ServerTls>>,
+}
+
+#[pymethods]
+impl Pool {
+    #[new]
+    fn new(py: Python<'_>, model_dir: PathBuf, options: &PoolOptions) -> PyResult<Self> {
+        let options = options.options();
+        let loaded = py.detach(move || helix_pool::Pool::load(&model_dir, options));
+        let pool = loaded
+            .map_err(|error| to_py(CoreError::new(Code::ModelFileError, error.to_string())))?;
+        Ok(Self {
+            pool,
+            serving: Mutex::new(None),
+        })
+    }
+
+    /// Starts the gRPC server and returns the bound `host:port`.
+    #[pyo3(signature = (listen, tls, *, allow=None, threads=1))]
+    fn serve(
+        &self,
+        py: Python<'_>,
+        listen: &str,
+        tls: Option<&TlsFiles>,
+        allow: Option<Vec<String>>,
+        threads: usize,
+    ) -> PyResult<String> {
+        let files = tls.map(TlsFiles::files);
+        let allow = allow.unwrap_or_else(|| vec![GATEWAY.to_owned(), MONITORING.to_owned()]);
+        py.detach(|| {
+            let mut serving = self.serving.lock();
+            if serving.is_some() {
+                return Err(CoreError::new(Code::Internal, "the pool serves already"));
+            }
+            let load = |files| {
+                ServerTls::load(files, allow)
+                    .map(Arc::new)
+                    .map_err(|error| refused(&error))
+            };
+            let tls = files.map(load).transpose()?;
+            let runtime = runtime::build("helix-pool", threads)?;
+            let server = runtime.block_on(async {
+                let listener = Listener::bind(listen, tls.clone()).await?;
+                if let Some(tls) = &tls {
+                    // The task ends with the TLS configuration that it watches.
+                    drop(tls.watch(WATCH_FILES));
+                }
+                self.pool.serve(listener).await
+            })?;
+            let address = server.address().to_string();
+            *serving = Some(Serving {
+                runtime,
+                server,
+                tls,
+            });
+            Ok(address)
+        })
+        .map_err(to_py)
+    }
+
+    /// The engine loop: blocks until `stop()`. The GIL is held inside the engine only.
+    fn run(&self, py: Python<'_>, engine: Py<PyAny>) -> PyResult<()> {
+        let mut engine = engine::PyEngine::new(engine);
+        py.detach(|| self.pool.run(&mut engine))
+            .map_err(|error| match error {
+                RunError::Engine(raised) => raised,
+                RunError::Pool(error) => to_py(error),
+            })
+    }
+
+    fn drain(&self) {
+        self.pool.drain();
+    }
+
+    fn idle(&self) -> bool {
+        self.pool.is_idle()
+    }
+
+    /// Cuts what still runs with an error frame and ends `run()` and the server.
+    fn stop(&self, py: Python<'_>) {
+        py.detach(|| {
+            self.pool.stop();
+            let serving = self.serving.lock().take();
+            if let Some(Serving {
+                runtime, server, ..
+            }) = serving
+            {
+                runtime.block_on(server.stop(LAST_FRAMES));
+                runtime.shutdown_background();
+            }
+        });
+    }
+
+    fn stats(&self) -> PoolStats {
+        self.pool.stats().into()
+    }
+
+    /// Verifies the certificate files and swaps them in; the old ones stay when they are wrong.
+    fn reload_tls(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| {
+            let tls = self
+                .serving
+                .lock()
+                .as_ref()
+                .and_then(|serving| serving.tls.clone());
+            tls.map_or(Ok(()), |tls| tls.reload().map_err(|error| refused(&error)))
+        })
+        .map_err(to_py)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.pool.stop();
+        if let Some(Serving {
+            runtime, server, ..
+        }) = self.serving.get_mut().take()
+        {
+            drop(server);
+            // Waiting for the threads here would hold the GIL.
+            runtime.shutdown_background();
+        }
+    }
+}

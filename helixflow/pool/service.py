@@ -1,0 +1,210 @@
+"""The process of the inference-pool: loads model and engine, serves gRPC, runs the engine, stops in order."""
+
+import queue
+import signal
+import threading
+import time
+from enum import Enum, auto
+from types import FrameType
+
+from helixflow import core_rs, log
+from helixflow.config import Config, model_of
+from helixflow.engine.base import Engine
+from helixflow.engine.load import load_engine
+from helixflow.engine.progress import Bar, Progress
+from helixflow.errors import EX_SOFTWARE, StartError
+from helixflow.pki.layout import Layout, Role
+from helixflow.process import notify_ready
+
+SERVICE = "inference-pool"
+CALLERS = ["api-gateway"]
+"""Services whose client certificates may call the pool."""
+
+POLL_S = 0.02
+"""How often (seconds) a draining pool is asked whether it is idle; the wait for a signal is shorter."""
+
+logger = log.get("pool")
+
+
+class Event(Enum):
+    """What the main thread waits for."""
+
+    STOP = auto()
+    RELOAD = auto()
+    ENGINE_ENDED = auto()
+
+
+class EngineThread(threading.Thread):
+    """Runs `pool.run(engine)`; `error` holds what ended it."""
+
+    def __init__(self, pool: core_rs.Pool, engine: Engine, events: "queue.SimpleQueue[Event]") -> None:
+        super().__init__(name="engine", daemon=True)
+        self.error: BaseException | None = None
+        self._pool = pool
+        self._engine = engine
+        self._events = events
+
+    def run(self) -> None:
+        """Blocks until the pool is stopped or the engine fails."""
+        try:
+            self._pool.run(self._engine)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the main thread must hear of it
+            self.error = error
+        finally:
+            self._events.put(Event.ENGINE_ENDED)
+
+
+def run(config: Config) -> int:
+    """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 70 when the engine failed.
+
+    Raises StartError, ConfigError or EngineError when it cannot start. SIGHUP reloads the certificates. The first
+    SIGTERM drains; a second one, or the drain time limit, cuts what still runs with an error.
+    """
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    try:
+        pool = _pool(config)
+        address = pool.serve(str(config.pool.listen), _tls(config), allow=CALLERS)
+    except core_rs.CoreError as error:
+        raise StartError(f"the inference-pool cannot start: {error}") from error
+    try:
+        engine = _engine(config)
+    except BaseException:
+        pool.stop()
+        raise
+    thread = EngineThread(pool, engine, events)
+    _handle_signals(events)
+    thread.start()
+    try:
+        return _main(pool, thread, address, events, config.pool.drain_timeout_s)
+    finally:
+        pool.stop()
+        thread.join()
+        engine.close()
+
+
+def _main(
+    pool: core_rs.Pool,
+    thread: EngineThread,
+    address: str,
+    events: "queue.SimpleQueue[Event]",
+    drain_timeout_s: float,
+) -> int:
+    """Announces readiness and waits for what comes."""
+    event = _until_running(pool, events)
+    if event is None:
+        logger.info("ready", address=address, slots=pool.stats().slots)
+        notify_ready(address)
+    while True:
+        match event if event is not None else events.get():
+            case Event.RELOAD:
+                _reload(pool)
+            case Event.STOP:
+                _drain(pool, events, drain_timeout_s)
+                return 0
+            case Event.ENGINE_ENDED:
+                logger.error("the engine failed", exc_info=thread.error)
+                return EX_SOFTWARE
+        event = None
+
+
+def _until_running(pool: core_rs.Pool, events: "queue.SimpleQueue[Event]") -> Event | None:
+    """Waits until the engine takes requests; the event that came before that, when one did."""
+    while not pool.stats().slots:
+        try:
+            return events.get(timeout=POLL_S / 10)
+        except queue.Empty:
+            continue
+    return None
+
+
+def _pool(config: Config) -> core_rs.Pool:
+    options = config.pool
+    model = model_of(config)
+    made = model / "config.json"
+    return core_rs.Pool(
+        str(model),
+        core_rs.PoolOptions(
+            model_id=options.model_id,
+            aliases=list(options.aliases),
+            created=int(made.stat().st_mtime) if made.exists() else int(time.time()),
+            queue_requests=options.queue_requests,
+            queue_tokens=options.queue_tokens,
+            step_tokens=options.step_tokens,
+            stall_timeout_ms=options.stall_timeout_ms,
+            default_timeout_ms=options.default_timeout_ms,
+            prefix_reuse=options.prefix_reuse,
+        ),
+    )
+
+
+def _engine(config: Config) -> Engine:
+    options = config.pool
+    return load_engine(
+        model_of(config),
+        "scripted" if options.engine == "scripted" else "onnx",
+        precision="int8" if options.precision == "int8" else "int4" if options.precision == "int4" else "fp32",
+        slots=options.slots,
+        max_len=options.max_len,
+        threads=options.threads,
+        engines=config.engines,
+        script_step_s=options.script_step_ms / 1000,
+        script_tokens=options.script_tokens,
+        progress=_progress(config),
+    )
+
+
+def _tls(config: Config) -> core_rs.TlsFiles:
+    layout = Layout(config.certs)
+    own = layout.pair(SERVICE, Role.SERVER)
+    return core_rs.TlsFiles(str(layout.ca_cert), str(own.cert), str(own.key), str(layout.crl))
+
+
+def _progress(config: Config) -> Progress:
+    """A bar on a terminal, a log line per finished stage elsewhere."""
+    if log.is_console(config.log):
+        return Bar()
+    finished: set[str] = set()
+
+    def report(what: str, done: int, total: int) -> None:
+        if done >= total and what not in finished:
+            finished.add(what)
+            logger.info("prepared", stage=what)
+
+    return report
+
+
+def _handle_signals(events: "queue.SimpleQueue[Event]") -> None:
+    # SimpleQueue.put is reentrant: the one way to hand something over from a signal handler.
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        events.put(Event.STOP)
+
+    def reload(_number: int, _frame: FrameType | None) -> None:
+        events.put(Event.RELOAD)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, reload)
+
+
+def _reload(pool: core_rs.Pool) -> None:
+    try:
+        pool.reload_tls()
+    except core_rs.TlsError as error:
+        logger.error("certificates not reloaded; the old ones stay", reason=str(error))
+    else:
+        logger.info("certificates reloaded")
+
+
+def _drain(pool: core_rs.Pool, events: "queue.SimpleQueue[Event]", timeout_s: float) -> None:
+    """Refuses new requests and waits for the running ones: until a second signal or the time limit."""
+    pool.drain()
+    logger.info("draining", timeout_s=timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while not pool.idle() and time.monotonic() < deadline:
+        try:
+            if events.get(timeout=POLL_S) is not Event.RELOAD:
+                break
+        except queue.Empty:
+            continue
+    if not pool.idle():
+        logger.warning("requests still ran at the end of the drain; cut", running=pool.stats().running)
