@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_QUIET := 1
 SOURCES := helixflow tests perf engines
 APT := $(if $(filter 0,$(shell id -u)),apt-get,)
 
@@ -59,7 +60,7 @@ fmt: $(VENV)/.base ## formats everything
 bench: $(VENV)/.base ## measures; writes perf/results/
 	$(BIN)/maturin develop --quiet --release --extras bench
 	cargo build --release --package helix-loadgen
-	$(BIN)/python perf/bench.py
+	$(BIN)/python -m perf.bench
 
 certs: build ## the certificates of all services, into certs/
 	$(BIN)/helixflow pki init
@@ -69,7 +70,7 @@ proto: ## compiles the protos (the build does it too) and lists their services
 
 demo-model: $(VENV)/.base ## trains engines/demo anew (about an hour)
 	$(BIN)/python -m pip install --quiet jax optax safetensors tokenizers
-	$(BIN)/python engines/train_demo.py
+	$(BIN)/python -m engines.train_demo
 
 constraints: ## newest allowed Python packages into constraints.txt
 	rm -rf .build/lock && $(PYTHON) -m venv .build/lock

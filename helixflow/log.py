@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 import structlog
 
+from helixflow import core_rs
 from helixflow.config import LogConfig
 
 
@@ -14,13 +15,19 @@ def _to_json(value: Any, **options: Any) -> str:
     return orjson.dumps(value, default=options.get("default") or str).decode()
 
 
+def is_console(config: LogConfig) -> bool:
+    """Whether lines are written for people."""
+    return config.format == "console" or (config.format == "auto" and sys.stderr.isatty())
+
+
 def setup(config: LogConfig, service: str) -> None:
-    """Configures structlog and the standard library's logging for one process.
+    """Configures structlog, the standard library's logging and the extension's for one process.
 
     Every line carries `timestamp` (RFC 3339, UTC), `level`, `service` and `event`.
     """
     level = logging.getLevelNamesMapping()[config.level.upper()]
-    console = config.format == "console" or (config.format == "auto" and sys.stderr.isatty())
+    console = is_console(config)
+    core_rs.init_logging(service, config.level, json=not console)
 
     def add_service(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         event.setdefault("service", service)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -119,7 +120,8 @@ def test_key_names_are_unique() -> None:
 
 
 def test_every_option_is_documented() -> None:
-    for cls in (config.Config, *config.SECTIONS.values()):
+    sections: list[Any] = [config.Config, *config.SECTIONS.values()]
+    for cls in sections:
         for field in dataclasses.fields(cls):
             if field.name not in config.SECTIONS:
                 assert len(field.metadata["doc"]) > 10, field.name
