@@ -10,15 +10,12 @@ from typing import Any
 
 from perf import lab
 
-NAMES = {
-    "chat": "whole answer",
-    "time to first token": "time to first token",
-    "inter-token latency": "inter-token latency",
-}
+NAMES = {"first token": "time to first token", "inter-token": "inter-token latency", "answer": "whole answer"}
+"""What `perf/locustfile.py` reports in microseconds, in words."""
 
 
 def percentile(histogram: dict[str, int], share: float) -> float:
-    """The value below which `share` of a {milliseconds: count} histogram lies."""
+    """The value below which `share` of a {value: count} histogram lies."""
     left = share * sum(histogram.values())
     for value, count in sorted((float(value), count) for value, count in histogram.items()):
         left -= count
@@ -47,30 +44,34 @@ def locust(running: lab.Running, users: int, seconds: int) -> str:
         histogram = entry["response_times"]
         if entry["num_failures"]:
             raise RuntimeError(f"{entry['name']}: {entry['num_failures']} failures\n{done.stderr[-2000:]}")
-        half, worst = percentile(histogram, 0.5), percentile(histogram, 0.99)
-        rows.append(f"| {NAMES[entry['name']]} | {entry['num_requests']:,} | {half:.0f} | {worst:.0f} |")
-    head = f"{users} users, {seconds} s\n\n| | count | p50 (ms) | p99 (ms) |\n| --- | --- | --- | --- |"
+        if entry["name"] in NAMES:
+            half, worst = percentile(histogram, 0.5) / 1000, percentile(histogram, 0.99) / 1000
+            rows.append(f"| {NAMES[entry['name']]} | {entry['num_requests']:,} | {half:.2f} | {worst:.2f} |")
+    head = f"{users} user(s), {seconds} s\n\n| | count | p50 (ms) | p99 (ms) |\n| --- | --- | --- | --- |"
     return "\n".join([head, *rows])
 
 
-def handshakes(running: lab.Running) -> str:
+def handshakes(running: lab.Running, key_type: str) -> str:
     """Full and resumed TLS handshakes, one after another."""
     report = lab.load("handshake", "--url", f"{running.url}/health", "--ca", str(running.ca), "--requests", "500")
     if report["resumed"] != report["resumed_ms"]["count"]:
         raise RuntimeError(f"only {report['resumed']} handshakes were resumed")
     rows = [
-        f"| {kind} | {figures['count']} | {figures['p50']:.2f} | {figures['p99']:.2f} |"
+        f"| {key_type} | {kind} | {figures['count']} | {figures['p50']:.2f} | {figures['p99']:.2f} |"
         for kind, figures in (("full", report["full_ms"]), ("resumed", report["resumed_ms"]))
     ]
-    return "\n".join(["| handshake (ECDSA P-256) | count | p50 (ms) | p99 (ms) |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(rows)
 
 
 def memory(running: lab.Running) -> str:
     """Proportional set size of each process."""
-    rows = []
+    rows: list[str] = []
+    seen = set()
     for pid in lab.tree(running.pid):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
         name = words[words.index("helixflow") + 1] if "helixflow" in words else " ".join(words[:3])
+        name = f"{name} worker" if name in seen else name
+        seen.add(name)
         rows.append(f"| {name} | {lab.memory_mib(pid):.0f} |")
     return "\n".join(["| process | PSS (MiB) |", "| --- | --- |", *rows])
 
@@ -83,7 +84,9 @@ def main() -> None:
     with lab.helixflow({}) as running:
         idle = memory(running)
         loads = "\n\n".join(locust(running, users, options.seconds) for users in (1, 8))
-        tls = handshakes(running)
+        tls = handshakes(running, "ecdsa-p256")
+    with lab.helixflow({"HELIX_POOL_ENGINE": "scripted"}, "rsa-4096") as running:
+        tls += "\n" + handshakes(running, "rsa-4096")
     text = f"""# Latency with the demo model
 
 {lab.machine()}
@@ -95,6 +98,8 @@ def main() -> None:
 
 ## TLS handshakes, from connect to the first byte that may be sent
 
+| key | handshake | count | p50 (ms) | p99 (ms) |
+| --- | --- | --- | --- | --- |
 {tls}
 
 Goal: under 50 ms.

@@ -59,7 +59,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def helixflow(options: Mapping[str, str]) -> Iterator[Running]:
+def helixflow(options: Mapping[str, str], key_type: str = "ecdsa-p256") -> Iterator[Running]:
     """`helixflow serve` in the development profile with `options` as its environment; stopped at the end."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="helix-bench-") as folder:
@@ -69,17 +69,22 @@ def helixflow(options: Mapping[str, str]) -> Iterator[Running]:
             "HELIX_CERTS": f"{folder}/certs",
             "HELIX_GATEWAY_LISTEN": f"127.0.0.1:{port}",
             "HELIX_POOL_LISTEN": "127.0.0.1:0",
-            "HELIX_LOG_LEVEL": "warning",
+            "HELIX_LOG_FORMAT": "json",
             **options,
         }
         subprocess.run(
-            [sys.executable, "-m", "helixflow", "pki", "init", "--dir", f"{folder}/certs", "--key-type", "ecdsa-p256"],
+            [sys.executable, "-m", "helixflow", "pki", "init", "--dir", f"{folder}/certs", "--key-type", key_type],
             check=True,
             env=environ,
             stdout=subprocess.DEVNULL,
         )
         process = subprocess.Popen(
-            [sys.executable, "-m", "helixflow", "serve"], env=environ, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-m", "helixflow", "serve"],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
         )
         try:
             assert process.stdout is not None

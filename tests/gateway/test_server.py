@@ -313,7 +313,7 @@ def test_log_lines_hold_neither_key_nor_prompt(start: Callable[..., Gateway]) ->
     text = gateway._log.read_text("utf-8")
     for secret in ("demo-key", "other-key", "private words"):
         assert secret not in text
-    (line,) = [line for line in gateway.events() if line.get("id") == "trace-1"]
+    (line,) = [line for line in gateway.events() if line.get("request_id") == "trace-1"]
     assert line["event"] == "request"
     assert line["status"] == 200
     assert line["route"] == "/v1/chat/completions"
