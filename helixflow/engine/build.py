@@ -72,7 +72,10 @@ def build_engine(
             found, slots=slots or found.slots, max_len=max_len or found.max_len, sources=sources
         )
         if merged != found:
-            merged.write(directory)
+            try:
+                merged.write(directory)
+            except OSError as error:
+                raise EngineError(f"{directory}: cannot be written: {error.strerror or error}") from error
         return Built(directory, merged, cached=True)
 
 
@@ -100,9 +103,11 @@ def _write(
     model_dir: Path, directory: Path, spec: ModelSpec, checkpoint: Checkpoint, manifest: Manifest, progress: Progress
 ) -> dict[str, str]:
     """Writes all files of an engine beside its place, then moves them there."""
-    temporary = directory.parent / WORK / directory.name
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    work = directory.parent / WORK
+    # Under the lock nobody else builds here: what lies here was left by builds that were killed.
+    for left in work.glob("*/"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = work / directory.name
     total = 4 * spec.parameters()
     done = 0
 
@@ -116,6 +121,7 @@ def _write(
         return tensor
 
     try:
+        temporary.mkdir()
         files = write_onnx(spec, manifest.precision, read, temporary)
         shutil.copyfile(model_dir / CONFIG, temporary / CONFIG)
         files[CONFIG] = file_sha256(temporary / CONFIG)
@@ -129,7 +135,7 @@ def _write(
         temporary.rename(directory)
         _sync(directory.parent)
     except OSError as error:
-        raise EngineError(f"{directory}: cannot be written: {error}") from error
+        raise EngineError(f"{directory}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return files

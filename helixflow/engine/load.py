@@ -12,7 +12,7 @@ from helixflow.engine.spec import ModelSpec
 
 Kind = Literal["onnx", "scripted"]
 DEFAULT_SLOTS = 16
-# Of the memory that is available, the caches of an engine take at most this part when no length is asked for.
+# Of the memory that the weights leave, the caches of an engine take at most this part when no length is asked for.
 CACHE_SHARE = 0.5
 LENGTH_STEP = 256
 
@@ -33,8 +33,8 @@ def load_engine(  # noqa: PLR0913 - every option is a keyword with a default
     """Loads an engine. `path`: a built engine (a directory with a manifest), or a checkpoint, built when needed.
 
     `slots`, `max_len` 0: as the engine was built, else 16 slots of the length the model was trained for (less when the
-    caches would take more than half of the available memory). `threads` 0: one per core. `engines`: where engines are
-    built (default: as configured). Every file of a built engine is verified. Raises EngineError.
+    caches would take more than half of the memory that the weights leave). `threads` 0: one per core. `engines`: where
+    engines are built (default: as configured). Every file of a built engine is verified. Raises EngineError.
     """
     if kind == "scripted":
         return ScriptedEngine.from_model(
@@ -58,15 +58,19 @@ def load_engine(  # noqa: PLR0913 - every option is a keyword with a default
     manifest.verify(directory, progress)
     spec = ModelSpec.load(directory)
     slots = slots or manifest.slots or DEFAULT_SLOTS
-    max_len = max_len or manifest.max_len or _default_length(spec, manifest, slots)
+    max_len = max_len or manifest.max_len or _default_length(directory, spec, manifest, slots)
     return OnnxEngine(directory, spec, manifest.precision, slots=slots, max_len=max_len, threads=threads)
 
 
-def _default_length(spec: ModelSpec, manifest: Manifest, slots: int) -> int:
-    """What the model was trained for, shortened to whole steps that fit into memory."""
-    room = int(available_bytes() * CACHE_SHARE) // (slots * manifest.shapes["cache_bytes_per_position"])
+def _default_length(directory: Path, spec: ModelSpec, manifest: Manifest, slots: int) -> int:
+    """What the model was trained for, shortened to whole steps that fit into memory beside the weights."""
+    free = available_bytes() - sum((directory / name).stat().st_size for name in manifest.files)
+    room = int(free * CACHE_SHARE) // (slots * manifest.shapes["cache_bytes_per_position"])
     if room >= spec.max_positions:
         return spec.max_positions
     if room < LENGTH_STEP:
-        raise EngineError(f"{slots} slots do not fit into memory: choose fewer slots, or set max-len")
+        raise EngineError(
+            f"{slots} slots do not fit into memory ({max(free, 0) / 2**30:.1f} GiB are available beside the weights): "
+            "choose fewer slots, or set max-len"
+        )
     return room // LENGTH_STEP * LENGTH_STEP

@@ -15,7 +15,7 @@ from helixflow.engine.progress import Progress, silent
 from helixflow.engine.reader import read_json
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 CHUNK = 1 << 22
 
 
@@ -32,7 +32,8 @@ class Source:
 class Manifest:
     """`slots` and `max_len` are defaults for loading (0: not chosen); the built files do not depend on them.
 
-    `shapes`: sizes of the decoder and of one slot's cache. `sources`, `files`: by file name.
+    `shapes`: sizes of the decoder and of one slot's cache. `sources`, `files`: by file name. On disk it carries a hash
+    of itself, because everything else is trusted by what it says.
     """
 
     model: str
@@ -53,7 +54,9 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Replaces the manifest in one step."""
         temporary = directory / f".{MANIFEST}.new"
-        temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        content = self.to_json()
+        content["sha256"] = digest(content)
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         temporary.replace(directory / MANIFEST)
 
     @classmethod
@@ -63,6 +66,8 @@ class Manifest:
         data = read_json(path)
         if data.get("format") != FORMAT:
             raise DamagedFileError(path, "format", f"is {data.get('format')!r}, this version reads {FORMAT}")
+        if data.pop("sha256", None) != digest(data):
+            raise DamagedFileError(path, "sha256", f"differs from the content, which was changed; {REBUILD}")
         try:
             sources = {name: Source(**source) for name, source in data.pop("sources").items()}
             manifest = cls(**data, sources=sources)
@@ -85,10 +90,9 @@ class Manifest:
         """Reads every file and compares its hash. Raises DamagedFileError for the first that differs."""
         sizes = {}
         for name in self.files:
-            try:
-                sizes[name] = (directory / name).stat().st_size
-            except OSError as error:
-                raise DamagedFileError(directory / name, "", f"is missing; {REBUILD}") from error
+            if not (directory / name).is_file():
+                raise DamagedFileError(directory / name, "", f"is missing; {REBUILD}")
+            sizes[name] = (directory / name).stat().st_size
         total, done = sum(sizes.values()), 0
         for name, expected in self.files.items():
             if file_sha256(directory / name) != expected:
@@ -103,9 +107,12 @@ REBUILD = "run `helixflow engine build MODEL_DIR` again, which replaces a damage
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file, in hexadecimal. Raises DamagedFileError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DamagedFileError(path, "", f"cannot be read: {error.strerror or error}") from error
 
 
 def tool_versions() -> dict[str, str]:
@@ -121,5 +128,9 @@ def engine_key(sources: Mapping[str, Source], precision: Precision, versions: Ma
         "precision": precision,
         "versions": dict(sorted(versions.items())),
     }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return f"{precision}-{digest[:16]}"
+    return f"{precision}-{digest(content)[:16]}"
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

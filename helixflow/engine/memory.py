@@ -17,7 +17,10 @@ def cores() -> int:
 
 
 def available_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that can still be taken: what the kernel calls available, and what the control group leaves."""
+    """Memory that can still be taken: what the kernel calls available, and what the control group leaves.
+
+    Cached files, such as an engine that was just built, are given back when memory is asked for.
+    """
     found = []
     for line in proc.read_text().splitlines():
         name, _, value = line.partition(":")
@@ -26,7 +29,10 @@ def available_bytes(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sy
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         if limit != "max":
-            found.append(max(int(limit) - int((cgroup / "memory.current").read_text()), 0))
+            used = int((cgroup / "memory.current").read_text())
+            parts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+            used -= int(parts["active_file"]) + int(parts["inactive_file"])
+            found.append(max(int(limit) - max(used, 0), 0))
     except OSError:  # no control group of version 2: the kernel's figure stands alone
         pass
     return min(found)

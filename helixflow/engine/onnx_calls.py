@@ -33,12 +33,8 @@ class Binding:
         self.low = low
         self.count = count
         self.tokens = -1
-        self.output: tuple[Float32, int, int] | None = None
-
-    def writes(self, output: Float32, first: int, rows: int) -> bool:
-        """Whether the logits are bound to these rows of this array."""
-        bound = self.output
-        return bound is not None and bound[0] is output and bound[1] == first and bound[2] == rows
+        # Address and rows of the logits: an array here would live as long as the binding.
+        self.output = (0, 0)
 
 
 class Calls:
@@ -59,28 +55,40 @@ class Calls:
         self._rows = np.zeros(max(slots, positions, 2), np.int32)
         self._seqlens = np.zeros(slots, np.int32)
         self._total = np.zeros((), np.int32)
-        self._logits = np.empty((slots, vocab), np.float32)
+        self._few = np.empty((slots, vocab), np.float32)
+        self._use(self._few)
         self._scattered = np.empty((slots, vocab), np.float32)
 
     def logits(self, rows: int) -> Float32:
-        """The rows of the step that was run last, float32 [rows, vocab]; the same memory in every step."""
+        """The rows of the step that was run last, float32 [rows, vocab]; the next step reuses the memory."""
         return self._logits[:rows]
 
     def make_room(self, rows: int) -> None:
-        """Called before a step: its items write rows 0 .. rows - 1."""
+        """Called before a step: its items write rows 0 .. rows - 1. Memory for many is given back later."""
         if rows > len(self._logits):
-            self._logits = np.empty((rows, self._vocab), np.float32)
+            self._use(np.empty((rows, self._vocab), np.float32))
+        elif self._logits is not self._few and rows <= len(self._few):
+            self._use(self._few)
+
+    def _use(self, logits: Float32) -> None:
+        self._logits, self._address = logits, logits.ctypes.data
 
     def prefill(self, item: Item) -> None:
-        """A piece of a prompt, alone on its slot. A lone token gets a dummy behind it (see `OnnxEngine`)."""
+        """A piece of a prompt, alone on its slot, with a dummy behind it when its length is odd.
+
+        The runtime attends by blocks of an even number of tokens (2 * head width, unless the processor's second cache
+        is small), and with another kernel, whose sums differ in the last bits, for a block of one. Of an even length,
+        no block of one is left over: a prompt gives the same logits wherever it is cut. (Not so with heads wider than
+        128, which none of the usual models has: their sums are also split by how many positions are seen.)
+        """
         count = len(item.tokens)
-        length = max(count, 2)
+        length = count + count % 2
         self._ids[:length] = 0
         self._ids[:count] = item.tokens
         self._seqlens[0] = item.past + length - 1
         self._total[()] = item.past + length
         self._rows[: item.wanted] = range(count - item.wanted, count)
-        self._run(self._binding(item.slot, 1), length, self._logits, item.offset, item.wanted)
+        self._run(self._binding(item.slot, 1), length, self._row(item.offset), item.wanted)
 
     def decode(self, items: Sequence[Item], run: Run, lengths: Sequence[int]) -> None:
         """One token for each of `items` (ascending slots, within the run), dummies for the other slots of the run."""
@@ -104,21 +112,24 @@ class Calls:
         first = wanted[0][0] if wanted else 0
         self._rows[:rows] = [row for _, row in wanted]
         if rows == 0 or wanted[-1][0] - first + 1 == rows:
-            self._run(binding, 1, self._logits, first, rows)
+            self._run(binding, 1, self._row(first), rows)
             return
-        self._run(binding, 1, self._scattered, 0, rows)
+        self._run(binding, 1, self._scattered.ctypes.data, rows)
         self._logits[[offset for offset, _ in wanted]] = self._scattered[:rows]
 
-    def _run(self, binding: Binding, tokens: int, output: Float32, first: int, rows: int) -> None:
+    def _row(self, index: int) -> int:
+        """Address of a row of the logits."""
+        return self._address + index * self._vocab * 4
+
+    def _run(self, binding: Binding, tokens: int, address: int, rows: int) -> None:
         io = binding.io
         if binding.tokens != tokens:
             io.bind_input("ids", "cpu", 0, np.int32, [binding.count, tokens], self._ids.ctypes.data)
             binding.tokens = tokens
-        if not binding.writes(output, first, rows):
+        if binding.output != (address, rows):
             io.bind_input("rows", "cpu", 0, np.int32, [rows], self._rows.ctypes.data)
-            address = output.ctypes.data + first * self._vocab * 4
             io.bind_output("logits", "cpu", 0, np.float32, [rows, self._vocab], address)
-            binding.output = (output, first, rows)
+            binding.output = (address, rows)
         self._session.run_with_iobinding(io)
 
     def _binding(self, low: int, count: int) -> Binding:

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from helixflow.engine.base import Batch, Candidates, Capacity, EngineError, Precision
 from helixflow.engine.memory import available_bytes, cores, lazy_zeros
 from helixflow.engine.onnx_calls import Calls, Item
-from helixflow.engine.onnx_graph import GRAPH_FILE, padded_head
+from helixflow.engine.onnx_graph import GRAPH_FILE, WEIGHTS_FILE, padded_head
 from helixflow.engine.plan import Costs, plan_runs
 from helixflow.engine.rope import tables
 from helixflow.engine.spec import ModelSpec
@@ -36,13 +36,14 @@ class OnnxEngine:
         self._capacity = Capacity(slots, max_len, spec.vocab_size)
         width, positions = padded_head(spec.head_dim), max_len + 1
         shape = (2 * spec.layers, slots, spec.kv_heads, positions, width)
-        _check_memory(math.prod(shape) * 4, slots, max_len)
+        weights = (directory / WEIGHTS_FILE).stat().st_size
+        _check_memory(math.prod(shape) * 4, weights, slots, max_len)
         self._cache = lazy_zeros(shape)
         self._lengths = [0] * slots
         # Slots whose last step gave logits: see `_decodes`.
         self._answered = [False] * slots
         position_bytes = math.prod(shape) * 4 // (slots * positions)
-        self._costs = Costs(ROWS_PER_CALL[precision], position_bytes / (directory / "weights.bin").stat().st_size)
+        self._costs = Costs(ROWS_PER_CALL[precision], position_bytes / weights)
         cos, sin = tables(spec.rope, spec.head_dim, max_len, positions)
         extra = ((0, 0), (0, (width - spec.head_dim) // 2))
         rotary = (np.pad(cos, extra), np.pad(sin, extra))
@@ -148,12 +149,12 @@ def _check_limits(spec: ModelSpec, slots: int, max_len: int) -> None:
         raise EngineError(f"max-len {max_len} is more than the {spec.longest} positions this model was made for")
 
 
-def _check_memory(needed: int, slots: int, max_len: int) -> None:
+def _check_memory(caches: int, weights: int, slots: int, max_len: int) -> None:
     free = available_bytes()
-    if needed > free:
+    if caches + weights > free:
         raise EngineError(
-            f"{slots} slots of {max_len} positions need {needed / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are available: choose fewer slots or a smaller max-len"
+            f"{slots} slots of {max_len} positions need {caches / 2**30:.1f} GiB beside {weights / 2**30:.1f} GiB of "
+            f"weights, {free / 2**30:.1f} GiB are available: choose fewer slots, a smaller max-len or a lower precision"
         )
 
 

@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise DamagedFileError(path, "", f"cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFileError(path, "", f"is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise DamagedFileError(path, "", "is not a JSON object")

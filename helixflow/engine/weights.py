@@ -112,16 +112,18 @@ class Checkpoint:
 def read_header(path: Path) -> dict[str, Entry]:
     """Tensors of one safetensors file, every offset checked. Raises DamagedFileError."""
     size = _existing(path).stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            raise DamagedFileError(
-                path, "header", f"says {length} bytes in a file of {size}: truncated or not safetensors"
-            )
-        try:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise DamagedFileError(
+                    path, "header", f"says {length} bytes in a file of {size}: truncated or not safetensors"
+                )
             header = json.loads(file.read(length), object_pairs_hook=_unique)
-        except ValueError as error:
-            raise DamagedFileError(path, "header", f"is not JSON: {error}") from error
+    except OSError as error:
+        raise DamagedFileError(path, "", f"cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(path, "header", f"is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise DamagedFileError(path, "header", "is not a JSON object")
     header.pop("__metadata__", None)

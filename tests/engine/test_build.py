@@ -1,6 +1,7 @@
 """Engines on disk: found again, verified, replaced, built once by many."""
 
 import dataclasses
+import errno
 import json
 import os
 import threading
@@ -17,7 +18,7 @@ from helixflow.cli import main
 from helixflow.engine.base import DamagedFileError, EngineError, Precision
 from helixflow.engine.build import Built, build_engine, model_name
 from helixflow.engine.load import load_engine
-from helixflow.engine.manifest import Manifest, engine_key, file_sha256
+from helixflow.engine.manifest import Manifest, digest, engine_key, file_sha256
 from tests.engine.support import (
     batch,
     random_tensors,
@@ -135,13 +136,48 @@ MANIFEST_DAMAGES: list[tuple[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize(("key", "value"), MANIFEST_DAMAGES, ids=str)
-def test_damaged_manifest(model: Path, root: Path, key: str, value: Any) -> None:
+def test_damaged_manifest(model: Path, root: Path, key: str, value: Any, signed: bool) -> None:
     built = build_engine(model, root)
     path = built.directory / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    content = {**json.loads(path.read_text()), key: value}
+    if signed:
+        del content["sha256"]
+        content["sha256"] = digest(content)
+    path.write_text(json.dumps(content))
     with pytest.raises(DamagedFileError, match=r"manifest\.json: "):
         load_engine(built.directory)
+
+
+def test_a_wrong_hash_in_a_manifest_does_not_spoil_the_next_build(model: Path, root: Path) -> None:
+    built = build_engine(model, root)
+    path = built.directory / "manifest.json"
+    source = built.manifest.sources["config.json"].sha256
+    path.write_text(path.read_text().replace(source, source[::-1]))
+    with pytest.raises(DamagedFileError, match="differs from the content"):
+        Manifest.read(built.directory)
+    again = build_engine(model, root)
+    assert (again.cached, again.manifest.sources) == (False, built.manifest.sources)
+
+
+def test_what_a_killed_build_left_is_removed(model: Path, root: Path) -> None:
+    left = root / "my-model" / ".build" / "int4-0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / "weights.bin").write_bytes(bytes(1000))
+    build_engine(model, root)
+    assert [path.name for path in left.parent.iterdir()] == ["lock"]
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing(model: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_spec: Any, _precision: Any, _read: Any, directory: Path) -> dict[str, str]:
+        (directory / "weights.bin").write_bytes(b"begun")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(build_module, "write_onnx", full)
+    with pytest.raises(EngineError, match=r"my-model/fp32-.*: cannot be written: No space left on device"):
+        build_engine(model, root)
+    assert [path.name for path in (root / "my-model").rglob("*")] == [".build", "lock"]
 
 
 def test_a_failed_build_leaves_nothing(model: Path, root: Path) -> None:
@@ -166,7 +202,7 @@ def test_two_builders_build_once(model: Path, root: Path) -> None:
     assert len({result.directory for result in results}) == 1
 
 
-def test_wrong_arguments(model: Path, root: Path, tmp_path: Path) -> None:
+def test_wrong_arguments(model: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match="is not a directory"):
         build_engine(tmp_path / "absent", root)
     with pytest.raises(EngineError, match="max-len 9999 is more than the 256 positions"):
@@ -179,8 +215,11 @@ def test_wrong_arguments(model: Path, root: Path, tmp_path: Path) -> None:
         load_engine(model, kind, engines=root)
     with pytest.raises(EngineError, match="max-len 300 is more than"):
         load_engine(model, engines=root, max_len=300)
-    with pytest.raises(EngineError, match=r"need .* GiB, .* are available"):
+    with pytest.raises(EngineError, match=r"need .* GiB beside .* of weights, .* are available"):
         load_engine(model, engines=root, max_len=256, slots=1 << 30)
+    monkeypatch.setattr("helixflow.engine.onnx_engine.available_bytes", lambda: 100_000)
+    with pytest.raises(EngineError, match=r"beside 0\.0 GiB of weights"):
+        load_engine(model, engines=root, max_len=1, slots=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(EngineError, match="HELIX_ENGINES"):
         build_engine(model, tmp_path / "file" / "engines")
@@ -201,11 +240,13 @@ def test_load_from_a_checkpoint(model: Path, root: Path, precision: Precision) -
 
 def test_length_follows_memory(model: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     position = 2 * 4 * 2 * 2 * 16
-    monkeypatch.setattr("helixflow.engine.load.available_bytes", lambda: 2 * 16 * position * 300)
     config = tiny_config(max_position_embeddings=4096)
     (model / "config.json").write_text(json.dumps(config))
+    directory = build_engine(model, root).directory
+    weights = sum((directory / name).stat().st_size for name in ("weights.bin", "graph.onnx", "config.json"))
+    monkeypatch.setattr("helixflow.engine.load.available_bytes", lambda: weights + 2 * 16 * position * 300)
     assert load_engine(model, engines=root, threads=1).capacity().max_len == 256
-    monkeypatch.setattr("helixflow.engine.load.available_bytes", lambda: position * 300)
+    monkeypatch.setattr("helixflow.engine.load.available_bytes", lambda: weights + position * 300)
     with pytest.raises(EngineError, match="do not fit into memory"):
         load_engine(model, engines=root, threads=1)
 

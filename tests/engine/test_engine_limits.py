@@ -4,6 +4,7 @@ import io
 import itertools
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,19 @@ def packed(*columns: list[int]) -> Batch:
 def test_bad_batches_are_refused(engine: OnnxEngine, bad: Batch, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         engine.step(bad)
+
+
+def test_the_memory_of_many_rows_is_given_back(engine: OnnxEngine) -> None:
+    calls = engine._calls
+    assert calls is not None
+    few = calls._logits
+    seen = []
+    for slot, rows in enumerate((8, 12, 16)):
+        assert len(step(engine, (slot, 0, [1] * rows, rows))) == rows
+        seen.append(weakref.ref(calls._logits))
+    step(engine, (0, 0, [1], 1))
+    assert calls._logits is few
+    assert [array() for array in seen] == [None, None, None], "a binding keeps an array alive"
 
 
 def test_empty_batch(engine: OnnxEngine) -> None:
@@ -111,7 +125,8 @@ def test_memory_is_the_smaller_of_machine_and_control_group(tmp_path: Path) -> N
     assert available_bytes(meminfo, tmp_path) == 500 * 1024
     (tmp_path / "memory.max").write_text("300000\n")
     (tmp_path / "memory.current").write_text("100000\n")
-    assert available_bytes(meminfo, tmp_path) == 200_000
+    (tmp_path / "memory.stat").write_text("anon 40000\nfile 60000\nactive_file 20000\ninactive_file 30000\n")
+    assert available_bytes(meminfo, tmp_path) == 250_000
     (tmp_path / "memory.max").write_text("max\n")
     assert available_bytes(meminfo, tmp_path) == 500 * 1024
     assert cores() >= 1

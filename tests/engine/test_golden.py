@@ -156,3 +156,15 @@ def test_a_prompt_does_not_depend_on_its_chunks(golden: Golden, precision: Preci
     engine.copy_prefix(4, 0, 59)
     assert np.array_equal(step(engine, (0, 59, ids[59:], 1)), whole)
     engine.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_prompt_cut_anywhere(golden: Golden, precision: Precision) -> None:
+    """Bit for bit, for pieces of every length: the runtime attends by blocks, and a block may have one row left."""
+    ids = (golden.cases[-1]["input_ids"] * 3)[:150]
+    engine = open_engine(golden.directory, golden.root, precision)
+    whole = step(engine, (0, 0, ids, 1))
+    for cut in range(1, 150):
+        step(engine, (1, 0, ids[:cut], 0))
+        assert np.array_equal(step(engine, (1, cut, ids[cut:], 1)), whole), cut
+    engine.close()
