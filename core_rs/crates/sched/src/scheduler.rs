@@ -18,6 +18,8 @@ pub struct Scheduler {
     places: HashMap<SeqId, Whereabouts>,
     /// The plan that is with the engine; empty between steps.
     outstanding: Vec<Item>,
+    /// Idle slots that the outstanding plan writes to.
+    saved: Vec<usize>,
     placed: u64,
     /// Slot that decodes first when not all fit.
     turn: usize,
@@ -49,6 +51,7 @@ impl Scheduler {
             slots: Slots::new(limits.slots, limits.max_len),
             places: HashMap::new(),
             outstanding: Vec::new(),
+            saved: Vec::new(),
             placed: 0,
             turn: 0,
             prefilled: false,
@@ -159,6 +162,7 @@ impl Scheduler {
     pub fn commit(&mut self, outcomes: &[Outcome]) -> Vec<Ended> {
         let mut ended = Vec::new();
         let mut rest = outcomes;
+        self.saved.clear();
         for item in std::mem::take(&mut self.outstanding) {
             let outcome = match rest {
                 [first, others @ ..] if first.id == item.id => {
@@ -193,6 +197,9 @@ impl Scheduler {
             }
             self.slots.forget(item.slot);
         }
+        for slot in std::mem::take(&mut self.saved) {
+            self.slots.forget(slot);
+        }
         failed
     }
 
@@ -200,6 +207,7 @@ impl Scheduler {
     /// returns the names. Waiting sequences stay.
     pub fn reset(&mut self) -> Vec<SeqId> {
         self.outstanding.clear();
+        self.saved.clear();
         let mut failed = Vec::new();
         for slot in 0..self.limits.slots {
             if let Some(id) = self.end(slot) {
@@ -361,7 +369,10 @@ impl Scheduler {
         } else {
             0
         };
-        let place = self.slots.find(&first.prompt, reuse)?;
+        let mut place = self.slots.find(&first.prompt, reuse)?;
+        if self.limits.prefix_reuse {
+            place.save = self.slots.save(&place);
+        }
         let new = self.waiting.take(index, place.slot)?;
         self.places.insert(new.id, Whereabouts::Slot(place.slot));
         plan.started.push(Started {
@@ -369,7 +380,8 @@ impl Scheduler {
             slot: place.slot,
             cached: place.cached,
         });
-        plan.copies.extend(place.copy);
+        plan.copies.extend(place.save.into_iter().chain(place.copy));
+        self.saved.extend(place.save.map(|save| save.dst));
         self.placed += 1;
         self.slots.place(
             &place,

@@ -2,6 +2,9 @@
 
 use crate::types::{CopyPrefix, NewSequence, SeqId};
 
+/// Tokens that a copy of an idle slot's content must save to be worth making.
+const WORTH_SAVING: usize = 8;
+
 /// A sequence that has a slot.
 #[derive(Debug)]
 pub(crate) struct Active {
@@ -20,6 +23,8 @@ pub(crate) struct Slot {
     pub(crate) active: Option<Active>,
     /// Ids of the tokens at the positions that the cache is known to hold, from position 0.
     pub(crate) cached: Vec<u32>,
+    /// When what it holds was last in use, in sequences ended; 0 is never.
+    last_used: u64,
 }
 
 /// Where a sequence begins.
@@ -27,6 +32,8 @@ pub(crate) struct Place {
     pub(crate) slot: usize,
     /// Prefix that the slot holds once `copy` has run.
     pub(crate) cached: usize,
+    /// Runs first: moves what the slot held to a slot that holds older things.
+    pub(crate) save: Option<CopyPrefix>,
     pub(crate) copy: Option<CopyPrefix>,
 }
 
@@ -35,6 +42,7 @@ pub(crate) struct Slots {
     all: Vec<Slot>,
     used: usize,
     max_len: usize,
+    ended: u64,
 }
 
 impl Active {
@@ -45,6 +53,15 @@ impl Active {
 }
 
 impl Slot {
+    /// Smaller is older; a slot that holds nothing is the oldest.
+    fn age(&self) -> u64 {
+        if self.cached.is_empty() {
+            0
+        } else {
+            self.last_used
+        }
+    }
+
     /// The sequence, when its prompt is not computed yet.
     pub(crate) fn prefilling(&self) -> Option<&Active> {
         self.active
@@ -66,6 +83,7 @@ impl Slots {
             all: (0..slots).map(|_| Slot::default()).collect(),
             used: 0,
             max_len,
+            ended: 0,
         }
     }
 
@@ -120,6 +138,7 @@ impl Slots {
             return Some(Place {
                 slot: best,
                 cached: length,
+                save: None,
                 copy: None,
             });
         }
@@ -131,12 +150,42 @@ impl Slots {
         Some(Place {
             slot: lowest,
             cached: length,
+            save: None,
             copy: Some(copy),
+        })
+    }
+
+    /// How to keep what placing there would overwrite: dense slots are taken again and again, and without
+    /// this the next turn of one chat would be lost to the first turn of another while other slots stand
+    /// empty. The least recently used idle slot takes it over, when its own content is older.
+    pub(crate) fn save(&self, place: &Place) -> Option<CopyPrefix> {
+        let slot = self.all.get(place.slot)?;
+        let kept = if place.copy.is_some() {
+            0
+        } else {
+            place.cached
+        };
+        if slot.cached.len() < kept + WORTH_SAVING {
+            return None;
+        }
+        let source = place.copy.map(|copy| copy.src);
+        let idle = self.all.iter().enumerate().filter(|(index, other)| {
+            other.active.is_none() && *index != place.slot && Some(*index) != source
+        });
+        let (dst, victim) = idle.min_by_key(|(_, other)| other.age())?;
+        (victim.age() < slot.age()).then_some(CopyPrefix {
+            src: place.slot,
+            dst,
+            len: slot.cached.len(),
         })
     }
 
     /// Puts a sequence where [`Slots::find`] said; the record shows at once what the cache will hold.
     pub(crate) fn place(&mut self, place: &Place, active: Active) {
+        if let Some(save) = place.save {
+            self.all[save.dst].cached = std::mem::take(&mut self.all[save.src].cached);
+            self.all[save.dst].last_used = self.all[save.src].last_used;
+        }
         let slot = &mut self.all[place.slot];
         slot.cached.clear();
         slot.cached
@@ -150,6 +199,8 @@ impl Slots {
         let slot = self.all.get_mut(slot)?;
         let active = slot.active.take()?;
         slot.cached.truncate(self.max_len - 1);
+        self.ended += 1;
+        slot.last_used = self.ended;
         self.used -= 1;
         Some(active)
     }

@@ -185,3 +185,48 @@ fn choices_wait_for_the_prefill_of_the_first_and_copy_it() {
         ]
     );
 }
+
+#[test]
+fn chats_that_take_turns_keep_their_prefixes() {
+    let mut s = scheduler(LIMITS);
+    let mut chats = [prompt(1, 12), prompt(2, 12), prompt(3, 12)];
+    for (id, chat) in (1..).zip(&chats) {
+        run_alone(&mut s, sequence(id, chat, 1));
+    }
+    for (id, chat) in (4..).zip(&mut chats) {
+        chat.push(99);
+        s.submit(vec![sequence(id, chat, 1)]).unwrap();
+        let started = step(&mut s).started;
+        assert_eq!((started[0].slot, started[0].cached), (0, 12));
+    }
+}
+
+#[test]
+fn what_would_be_overwritten_moves_to_the_least_recently_used_idle_slot() {
+    let mut s = scheduler(LIMITS);
+    for (id, seed) in (1..=4).zip(1..) {
+        run_alone(&mut s, sequence(id, &prompt(seed, 12), 1));
+    }
+    // Slot 0 holds the fourth; the others hold 1, 2 and 3, and the first is the oldest.
+    assert_eq!(s.remembered(0)[0], 4000);
+    let oldest = (1..4).find(|slot| s.remembered(*slot)[0] == 1000).unwrap();
+    s.submit(vec![sequence(5, &prompt(5, 12), 1)]).unwrap();
+    let plan = step(&mut s);
+    let save = CopyPrefix {
+        src: 0,
+        dst: oldest,
+        len: 12,
+    };
+    assert_eq!(plan.copies, [save]);
+    assert_eq!(s.remembered(oldest), prompt(4, 12));
+}
+
+#[test]
+fn a_failed_step_distrusts_the_slots_it_saved_to() {
+    let mut s = scheduler(LIMITS);
+    run_alone(&mut s, sequence(1, &prompt(1, 12), 1));
+    s.submit(vec![sequence(2, &prompt(2, 12), 1)]).unwrap();
+    let saved = s.schedule().copies[0].dst;
+    s.abort_step();
+    assert!(s.remembered(saved).is_empty());
+}
