@@ -3,14 +3,17 @@
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from helixflow import __version__
 from helixflow.config import Config, load
-from helixflow.errors import HelixError
+from helixflow.errors import ConfigError, HelixError
+from helixflow.options import StaticKey
+from helixflow.process import die_with_starter, outlive_readers
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,8 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    options = build_parser().parse_args(arguments)
+    if arguments is None:
+        outlive_readers()
     try:
+        options = build_parser().parse_args(arguments)
+        die_with_starter()
         status: int = options.run(options)
     except HelixError as error:
         print(f"helixflow: {error}", file=sys.stderr)
@@ -65,35 +71,48 @@ def _load(options: argparse.Namespace) -> Config:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from helixflow import log, supervisor
+    def run(config: Config) -> int:
+        from helixflow import supervisor
 
-    config = _load(options)
-    log.setup(config.log, "supervisor")
-    return supervisor.run(config, lambda line: print(line, flush=True))
+        return supervisor.run(config, lambda line: print(line, flush=True))
+
+    return _run(options, "supervisor", run)
 
 
 def _gateway(options: argparse.Namespace) -> int:
-    from helixflow import log
-    from helixflow.gateway import server
-    from helixflow.process import die_with_parent
+    def run(config: Config) -> int:
+        from helixflow.gateway import server
 
-    config = _load(options)
-    if "HELIXFLOW_READY_FD" in os.environ:
-        die_with_parent()
-    log.setup(config.log, "api-gateway")
-    return server.run(config)
+        return server.run(config)
+
+    return _run(options, "api-gateway", run)
 
 
 def _pool(options: argparse.Namespace) -> int:
+    def run(config: Config) -> int:
+        from helixflow.pool import service
+
+        return service.run(config)
+
+    return _run(options, "inference-pool", run)
+
+
+def _run(options: argparse.Namespace, name: str, service: Callable[[Config], int]) -> int:
+    """Runs a service. What stops it is a line of its log, so that a reader of JSON sees nothing but JSON."""
+    # "Load new certificates" must not end a service that is still loading the present ones.
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda _number, _frame: None)
     from helixflow import log
-    from helixflow.pool import service
-    from helixflow.process import die_with_parent
 
     config = _load(options)
-    if "HELIXFLOW_READY_FD" in os.environ:
-        die_with_parent()
-    log.setup(config.log, "inference-pool")
-    return service.run(config)
+    log.setup(config.log, name)
+    try:
+        return service(config)
+    except HelixError as error:
+        if log.is_console(config.log):
+            raise
+        log.get(name).error("cannot start", error=str(error))
+        return error.exit_status
 
 
 def _config(commands: Any) -> None:
@@ -160,6 +179,10 @@ def _new_key(options: argparse.Namespace) -> int:
 
     key = "hf-" + secrets.token_urlsafe(32)
     digest = hashlib.sha256(key.encode()).hexdigest()
+    try:
+        StaticKey.parse({"name": options.name, "sha256": digest})
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
     print(f"key     {key}")
     print(f'config  [gateway]\n        keys = [{{name = "{options.name}", sha256 = "{digest}"}}]')
     print(f"or      HELIX_GATEWAY_KEYS={options.name}:{digest}")

@@ -18,6 +18,7 @@ UNSET = Path()
 PACKAGE = Path(__file__).resolve().parent
 DEVELOPMENT_KEY = "demo-key"
 DEVELOPMENT_ALIASES = ("gpt-4", "gpt-3.5-turbo")
+DEFAULT_POOLS = (Address("127.0.0.1", 8501),)
 SERVICES = ("api-gateway", "auth-service", "inference-pool", "monitoring")
 
 
@@ -75,7 +76,9 @@ class GatewayConfig:
 
     listen: Address = option(Address("127.0.0.1", 8443), "address of the HTTPS endpoint")
     workers: int = option(1, "Granian worker processes", check=between(1, 256))
-    pools: tuple[Address, ...] = option((Address("127.0.0.1", 8501),), "addresses of the inference pools")
+    pools: tuple[Address, ...] = option(
+        DEFAULT_POOLS, "addresses of the inference pools; under `helixflow serve` by default that of its own pool"
+    )
     keys: tuple[StaticKey, ...] = option((), "API keys: name and SHA-256 of each", secret=True)
     cors_origins: tuple[str, ...] = option((), "origins that browsers may call from; empty: CORS is off")
     max_body_bytes: int = option(4 * 1024 * 1024, "largest request body (bytes)", check=between(1024, 1 << 30))
@@ -180,10 +183,14 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> C
 
 
 def model_of(config: Config) -> Path:
-    """The checkpoint to serve. Raises ConfigError when there is none to fall back on."""
+    """The checkpoint to serve. Raises ConfigError when there is none; a gateway's machine needs none."""
     if config.pool.model == UNSET:
         raise ConfigError(
             ["pool.model: this installation has no demo model; set HELIX_MODEL to a checkpoint directory"]
+        )
+    if not config.pool.model.is_dir():
+        raise ConfigError(
+            [f"pool.model: {config.pool.model} is not a directory; name the directory of a checkpoint (config.json, …)"]
         )
     return config.pool.model
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import ipaddress
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +11,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+_PORT = re.compile(r"[0-9]{1,5}")
+_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+_KEY_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+
+
+def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _is_host(text: str) -> bool:
+    """An IP address, or a name that can be looked up (RFC 1123, and `_` as container networks use it)."""
+    return _ip(text) is not None or (len(text) <= 253 and all(_LABEL.fullmatch(label) for label in text.split(".")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +41,29 @@ class Address:
     def parse(cls, text: str) -> "Address":
         """Reads `host:port` or `[v6]:port`. Raises ValueError."""
         host, colon, port = text.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
-        if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        if not colon or not _is_host(host) or not _PORT.fullmatch(port) or int(port) > 65535:
             raise ValueError(f"{text!r} is not an address: write host:port, for example 127.0.0.1:8443")
         return cls(host, int(port))
 
     @property
     def loopback(self) -> bool:
         """True when no other machine can reach the address."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        # A name that only looks like an address (127.example.org) is somebody's name.
+        ip = _ip(self.host)
+        return ip.is_loopback if ip else self.host == "localhost"
+
+    @property
+    def everywhere(self) -> bool:
+        """True for all addresses of the machine."""
+        ip = _ip(self.host)
+        return ip is not None and ip.is_unspecified
+
+    @property
+    def from_here(self) -> "Address":
+        """Where a process of the same machine reaches what listens on this address."""
+        return Address("::1" if ":" in self.host else "127.0.0.1", self.port) if self.everywhere else self
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -52,7 +85,9 @@ class StaticKey:
             name, digest = str(value["name"]), str(value["sha256"])
         else:
             raise ValueError("a key is {name = ..., sha256 = ...}; make one with `helixflow config new-key NAME`")
-        if not name or len(digest) != 64 or any(c not in "0123456789abcdef" for c in digest):
+        if not _KEY_NAME.fullmatch(name):
+            raise ValueError(f"key {name!r}: a name has 1 to 64 letters, digits and . _ @ -")
+        if len(digest) != 64 or any(c not in "0123456789abcdef" for c in digest):
             raise ValueError(
                 f"key {name!r}: sha256 must be 64 lower-case hex digits; make one with `helixflow config new-key NAME`"
             )

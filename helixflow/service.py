@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from helixflow import log
 from helixflow.config import SuperviseConfig
 from helixflow.errors import EX_USAGE, StartError
-from helixflow.process import READY_FD
+from helixflow.process import PARENT_PID, READY_FD
 
 STABLE_S = 30.0
 """A service that ran this long (seconds) starts again with the shortest pause."""
@@ -30,34 +30,43 @@ class Service:
         self._command = command
         self._options = options
         self._process: asyncio.subprocess.Process | None = None
+        self._ready = False
         self._stopping = asyncio.Event()
 
     async def start(self) -> str:
         """Starts the process and waits until it serves; returns its address. Raises StartError."""
+        self._ready = False
         reader, writer = os.pipe()
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "helixflow",
-                self._command,
-                env={**self.environ, READY_FD: str(writer)},
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(writer,),
-                # Ctrl-C on the terminal must reach the supervisor alone: it stops the services in order.
-                start_new_session=True,
-            )
-        finally:
-            os.close(writer)
-        try:
+            try:
+                await self._spawn(writer)
+            finally:
+                os.close(writer)
             line = await self._read_line(reader)
         finally:
             os.close(reader)
         if not line:
             status = await self._end_failed_start()
             raise StartError(f"{self.name} did not start (exit status {status}); its log above says why", status)
+        self._ready = True
         self.address = line
         return line
+
+    async def _spawn(self, ready: int) -> None:
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "helixflow",
+                self._command,
+                env={**self.environ, READY_FD: str(ready), PARENT_PID: str(os.getpid())},
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(ready,),
+                # Ctrl-C on the terminal must reach the supervisor alone: it stops the services in order.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise StartError(f"{self.name} did not start: {error.strerror}; is the machine out of memory?") from error
 
     async def _read_line(self, descriptor: int) -> str:
         """The first line of the pipe; empty when the process ended or took too long."""
@@ -113,6 +122,11 @@ class Service:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
+
+    def reload(self) -> None:
+        """Tells a process that serves to load new certificates. One that still starts reads the new ones anyway."""
+        if self._ready:
+            self.send(signal.SIGHUP)
 
     async def stop(self, timeout_s: float) -> None:
         """SIGTERM, then SIGKILL after `timeout_s` seconds. Returns when the process has ended."""

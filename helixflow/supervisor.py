@@ -2,15 +2,16 @@
 
 import asyncio
 import os
+import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 
 from helixflow import log
-from helixflow.config import DEVELOPMENT_KEY, Config, model_of
+from helixflow.config import DEFAULT_POOLS, DEVELOPMENT_KEY, Config, model_of
 from helixflow.errors import EX_UNAVAILABLE, EX_USAGE, StartError
 from helixflow.options import Address
+from helixflow.process import PARENT_PID, has_terminal
 from helixflow.service import Service
 
 STOP_MARGIN_S = 10.0
@@ -23,29 +24,49 @@ logger = log.get("supervisor")
 
 
 def run(config: Config, say: Callable[[str], None]) -> int:
-    """Serves until a signal ends it. Returns the exit status. `say` prints a line for the operator."""
+    """Serves until a signal ends it. Returns the exit status. `say` prints a line for the operator.
+
+    Raises ConfigError, before anything is made, when there is no model to serve.
+    """
+    model_of(config)
     try:
-        prepare(config, say)
         return asyncio.run(Supervisor(config, say).run())
     except StartError as error:
         logger.error("start failed", error=str(error))
         return EX_USAGE if error.status == EX_USAGE else EX_UNAVAILABLE
 
 
-def prepare(config: Config, say: Callable[[str], None]) -> None:
+async def prepare(config: Config, say: Callable[[str], None]) -> None:
     """Certificates and engine: makes what is missing. Raises StartError."""
     say(f"certificates  {config.certs}")
-    _command("pki", "init", "--dir", str(config.certs))
+    await _command("pki", "init", "--dir", str(config.certs))
     if config.pool.engine == "onnx":
         model = model_of(config)
         say(f"engine        {config.pool.model_id} ({model}), {config.pool.precision}")
         options = ["--precision", config.pool.precision, "--engines", str(config.engines)]
-        _command("engine", "build", str(model), *options)
+        await _command("engine", "build", str(model), *options)
 
 
-def _command(*arguments: str) -> None:
-    """Runs a sub-command of `helixflow`, so that its memory is given back and its progress is shown."""
-    status = subprocess.run([sys.executable, "-m", "helixflow", *arguments], check=False).returncode
+async def _command(*arguments: str) -> None:
+    """Runs a sub-command of `helixflow`, so that its memory is given back and its progress is shown.
+
+    A cancelled one is killed: both commands publish whole files or none.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "helixflow",
+        *arguments,
+        env={**os.environ, PARENT_PID: str(os.getpid())},
+        stdin=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        status = await process.wait()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
     if status:
         raise StartError(f"`helixflow {' '.join(arguments[:2])}` failed; the message above says why", status)
 
@@ -60,9 +81,11 @@ class Supervisor:
         self._pool = Service("inference-pool", "pool", {**LARGE_PAGES, **environ}, config.supervise)
         self._gateway = Service("api-gateway", "gateway", environ, config.supervise)
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        # Under nohup it stays when the terminal goes.
+        self._ends_with_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()
 
     async def run(self) -> int:
-        """Starts pool, then gateway; watches both; stops them in the opposite order."""
+        """Prepares, starts pool, then gateway; watches both; stops them in the opposite order."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._signals.put_nowait, number)
@@ -82,13 +105,17 @@ class Supervisor:
             await self._stop()
 
     async def _start(self) -> None:
+        await prepare(self._config, self._say)
         pool = self._config.pool.listen
         address = Address.parse(await self._pool.start())
         if pool.port == 0:
-            # The pool keeps the port it got, so that the gateway finds it again after a restart.
+            # A service keeps the port it got, so that others find it again after a restart.
             self._pool.environ["HELIX_POOL_LISTEN"] = str(address)
-            self._gateway.environ["HELIX_GATEWAY_POOLS"] = str(address)
-        await self._gateway.start()
+        if pool.port == 0 or self._config.gateway.pools == DEFAULT_POOLS:
+            self._gateway.environ["HELIX_GATEWAY_POOLS"] = str(address.from_here)
+        address = Address.parse(await self._gateway.start())
+        if self._config.gateway.listen.port == 0:
+            self._gateway.environ["HELIX_GATEWAY_LISTEN"] = str(address)
 
     async def _watch(self, stop: asyncio.Task[None]) -> int:
         keepers = {asyncio.create_task(service.keep()) for service in (self._pool, self._gateway)}
@@ -99,10 +126,13 @@ class Supervisor:
         return 0 if stop.done() else max(ended)
 
     async def _until_stop(self) -> None:
-        """Returns at the first SIGINT or SIGTERM; hands SIGHUP on to the services."""
-        while (number := await self._signals.get()) == signal.SIGHUP:
+        """Returns at the first SIGINT or SIGTERM, or when the terminal is closed; hands SIGHUP on to the services."""
+        while await self._signals.get() == signal.SIGHUP:
+            if self._ends_with_terminal and not has_terminal():
+                logger.info("the terminal was closed")
+                return
             for service in (self._pool, self._gateway):
-                service.send(number)
+                service.reload()
 
     async def _stop(self) -> None:
         cut = asyncio.create_task(self._cut_on_second_signal())
@@ -117,18 +147,25 @@ class Supervisor:
                 for service in (self._gateway, self._pool):
                     service.send(signal.SIGTERM)
 
+    def _key_line(self) -> str:
+        if self._config.development:
+            return f"{DEVELOPMENT_KEY}  (this profile only)"
+        if not self._config.gateway.keys:
+            return "none is configured: make one with `helixflow config new-key NAME`"
+        return "one of " + ", ".join(key.name for key in self._config.gateway.keys)
+
     def _banner(self) -> str:
         config = self._config
         bound = Address.parse(self._gateway.address)
         scheme = "http" if config.gateway.plain_http else "https"
-        host = Address("localhost" if bound.loopback else bound.host, bound.port)
+        host = Address("localhost" if bound.loopback or bound.everywhere else bound.host, bound.port)
         url = f"{scheme}://{host}"
-        ca = config.certs / "helixflow-ca.pem"
-        key = DEVELOPMENT_KEY if config.development else "$HELIX_KEY"
+        ca = config.certs.resolve() / "helixflow-ca.pem"
+        key = DEVELOPMENT_KEY if config.development else "$API_KEY"
         names = ", ".join((config.pool.model_id, *config.pool.aliases))
         body = f'{{"model": "{config.pool.model_id}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         tls = [] if config.gateway.plain_http else [f"  CA file  {ca}"]
-        option = "" if config.gateway.plain_http else f" --cacert {ca}"
+        option = "" if config.gateway.plain_http else f" --cacert {shlex.quote(str(ca))}"
         return "\n".join(
             [
                 "",
@@ -137,7 +174,7 @@ class Supervisor:
                 f"  URL      {url}/v1",
                 *tls,
                 f"  Model    {names}",
-                f"  Key      {key}" + ("  (this profile only)" if config.development else ""),
+                f"  Key      {self._key_line()}",
                 "",
                 f"  curl{option} {url}/v1/chat/completions \\",
                 f'    -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\',

@@ -193,3 +193,31 @@ def test_any_address_parses_or_is_refused_by_name(text: str) -> None:
         assert "is not an address" in str(error)  # noqa: PT017 - both outcomes are right, the message is what counts
     else:
         assert Address.parse(str(address)) == address
+
+
+@pytest.mark.parametrize("listen", ["127.example.org:8443", "localhost.example.org:8443", "[::]:8443"])
+def test_what_only_looks_like_a_loopback_address_is_none(listen: str) -> None:
+    with pytest.raises(ConfigError, match="not a loopback address"):
+        config.load(environ={"HELIX_PROFILE": "development", "HELIX_GATEWAY_LISTEN": listen})
+
+
+@pytest.mark.parametrize(
+    "listen", ["a" * 64 + ".org:1", "a..b:1", "a b:1", "127.0.0.1.:1", "host:\uff18\uff14", "[::1:8443", "-x:1", ":1"]
+)
+def test_what_no_socket_can_take_is_no_address(listen: str) -> None:
+    with pytest.raises(ConfigError, match="is not an address"):
+        config.load(environ={"HELIX_POOL_LISTEN": listen})
+
+
+@pytest.mark.parametrize("name", ['a"b', "a:b", "a,b", "", "a b"])
+def test_names_of_keys_survive_file_and_environment(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "new-key", name]) == 64
+    shown = capsys.readouterr()
+    assert "letters, digits" in shown.err
+    assert not shown.out
+
+
+def test_a_model_must_be_there_where_it_is_served(tmp_path: Path) -> None:
+    loaded = config.load(environ={"HELIX_MODEL": str(tmp_path / "nope")})
+    with pytest.raises(ConfigError, match="nope is not a directory"):
+        config.model_of(loaded)

@@ -124,6 +124,8 @@ pub(crate) fn init_logging(service: String, level: &str, json: bool) -> PyResult
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)
+        // It would be reported on stderr, and panic there, when stderr is what nobody reads any more.
+        .log_internal_errors(false)
         .event_format(Line { service, json })
         .finish();
     // A second call in one process (tests, a reloaded worker) keeps the first subscriber.

@@ -24,7 +24,7 @@ use crate::runtime;
 use crate::tls::{TlsFiles, refused};
 
 /// How often the certificate files are looked at.
-const WATCH_FILES: Duration = Duration::from_secs(5);
+const WATCH_FILES: Duration = Duration::from_secs(1);
 /// Time for the last frames to leave when the pool stops.
 const LAST_FRAMES: Duration = Duration::from_secs(2);
 

@@ -46,15 +46,21 @@ class GatewayFiles:
     def to_pools(self) -> TlsFiles:
         """The gateway's own identity, towards the inference pools."""
         client = self.layout.pair(SERVICE, Role.CLIENT)
-        crl = str(self.layout.crl) if self.layout.crl.exists() else None
-        return TlsFiles(str(self.layout.ca_cert), str(client.cert), str(client.key), crl)
+        # The list may come later: whoever finishes streams then must hear of it too.
+        return TlsFiles(str(self.layout.ca_cert), str(client.cert), str(client.key), str(self.layout.crl))
 
     def stamp(self) -> Stamp:
         """Changes whenever one of the files does."""
         return tuple(_stamp(path) for path in self.paths())
 
-    def verify(self) -> None:
-        """Raises PkiError with the first of the gateway's own files that cannot be used, and why."""
+    def verify(self, *, had_crl: bool = False) -> None:
+        """Raises PkiError with the first of the gateway's own files that cannot be used, and why.
+
+        `had_crl`: a revocation list is in use, so it may not be missing now.
+        """
+        if had_crl and not self.layout.crl.exists():
+            reason = "was in use and is gone: what it revoked would be trusted again"
+            raise PkiError(self.layout.crl, reason, "Put it back, or restart to run without one.")
         mine = {self.layout.directory, *self.paths()}
         for finding in verify(self.layout).findings:
             if finding.file in mine and not finding.warning:

@@ -10,6 +10,7 @@ from helixflow.gateway.certificates import GatewayFiles
 from helixflow.gateway.worker import Connect
 from helixflow.gateway.workers import Workers
 from helixflow.options import Address
+from helixflow.pki.errors import PkiError
 from helixflow.process import notify_ready
 
 logger = log.get("gateway")
@@ -19,11 +20,15 @@ def run(config: Config, connect: Connect = Bridge.connect) -> int:
     """Serves in the foreground until SIGINT or SIGTERM; returns the exit status.
 
     The first such signal drains, a second one (or `gateway.drain_timeout_s`) cuts; SIGHUP loads new certificates.
-    `connect` makes the bridge of a worker. Raises PkiError for unusable certificates and StartError when the
-    address cannot be had, before any worker starts.
+    `connect` makes the bridge of a worker. Raises StartError for unusable certificates, and when the address
+    cannot be had, before any worker starts.
     """
-    files = GatewayFiles.of(config)
-    files.verify()
+    try:
+        GatewayFiles.of(config).verify()
+    except PkiError as error:
+        raise StartError(f"the api-gateway cannot start: {error}") from error
+    if not config.gateway.keys and not config.development:
+        logger.warning("no API key is configured: every request will be refused; see `helixflow config new-key`")
     listener = bind(config.gateway.listen, config.gateway.backlog)
     address = Address(config.gateway.listen.host, listener.getsockname()[1])
 

@@ -75,6 +75,7 @@ class Workers:
         self._backoff = BACKOFF_S[0]
         self._swap_again = False
         self._stamp = self._seen = self._files.stamp()
+        self._has_crl = self._files.layout.crl.exists()
         self._watch_at = time.monotonic() + WATCH_S
         self._draining = False
         self._status = 0
@@ -90,16 +91,25 @@ class Workers:
             signal.signal(number, lambda _number, _frame: None)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._on_signal)
         self._next = [self._spawn() for _ in range(self._config.gateway.workers)]
-        while self._children or (self._respawn_at is not None and not self._draining):
-            for key, _events in self._selector.select(self._timeout()):
-                key.data()
-            self._on_time()
+        try:
+            while self._children or (self._respawn_at is not None and not self._draining):
+                for key, _events in self._selector.select(self._timeout()):
+                    key.data()
+                self._on_time()
+        finally:
+            # After a failure of this loop nobody would tell them anything, and the interpreter waits for them.
+            for child in self._children:
+                child.process.kill()
         signal.set_wakeup_fd(-1)
         return self._status
 
     @property
     def _children(self) -> list[Child]:
         return [*self._current, *self._next, *self._old]
+
+    @property
+    def _starting(self) -> list[Child]:
+        return [child for child in (*self._current, *self._next) if not child.ready]
 
     # --- events ---------------------------------------------------------------
 
@@ -147,7 +157,7 @@ class Workers:
 
     def _timeout(self) -> float:
         times = [self._watch_at, self._respawn_at, self._cut_at, self._kill_at]
-        times += [child.start_by for child in self._next if not child.ready]
+        times += [child.start_by for child in self._starting]
         return max(0.0, min(at for at in times if at is not None) - time.monotonic())
 
     def _on_time(self) -> None:
@@ -166,8 +176,8 @@ class Workers:
             for child in self._children:
                 logger.error("worker did not stop; killed", pid=child.process.pid)
                 child.process.kill()
-        for child in self._next:
-            if not child.ready and now >= child.start_by:
+        for child in self._starting:
+            if now >= child.start_by:
                 child.start_by = math.inf
                 logger.error("worker did not start in time; killed", pid=child.process.pid, timeout_s=START_S)
                 child.process.kill()
@@ -249,10 +259,11 @@ class Workers:
             return
         self._stamp = self._seen = self._files.stamp()
         try:
-            self._files.verify()
+            self._files.verify(had_crl=self._has_crl)
         except PkiError as error:
             logger.error("new certificates refused; the old ones stay in use", why=why, error=str(error))
             return
+        self._has_crl = self._files.layout.crl.exists()
         logger.info("loading new certificates", why=why)
         self._next = [self._spawn() for _ in range(self._config.gateway.workers)]
 

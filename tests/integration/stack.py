@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from helixflow.process import READY_FD
+from helixflow.process import PARENT_PID, READY_FD
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
@@ -54,7 +54,7 @@ class Process:
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", "helixflow", *self.arguments],
-                env={**self.environ, READY_FD: str(writer)},
+                env={**self.environ, READY_FD: str(writer), PARENT_PID: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -208,7 +208,8 @@ def read_to_end(secure: ssl.SSLSocket) -> bytes:
     return received
 
 
-def test_certificates_change_under_open_streams(open_stream: OpenStream, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [True, False], ids=["SIGHUP", "files watched"])
+def test_certificates_change_under_open_streams(open_stream: OpenStream, tmp_path: Path, told: bool) -> None:
     certs = tmp_path / "certs"
 
     def pki(*arguments: str) -> None:
@@ -222,16 +223,18 @@ def test_certificates_change_under_open_streams(open_stream: OpenStream, tmp_pat
         assert stream.recv(4096)
         old = serial(stack)
         pki("renew", "--all", "--key-type", "ecdsa-p256")
-        stack.pool.popen.send_signal(signal.SIGHUP)
-        stack.gateway.popen.send_signal(signal.SIGHUP)
+        for process in (stack.pool, stack.gateway) if told else ():
+            process.popen.send_signal(signal.SIGHUP)
         until(lambda: serial(stack) != old, "new connections see the new certificate")
+        until(lambda: "certificates re" in stack.pool.text(), "the pool has the new ones, too")
         with stack.client() as client:
             until(lambda: ready(stack), "the gateway still reaches the pool")
             assert client.post("/v1/chat/completions", json={**CHAT, "max_tokens": 5}).status_code == 200
         assert b"data: [DONE]" in read_to_end(stream), "the open stream went on to its end"
         renewed = serial(stack)
         (certs / "api-gateway.crt").write_bytes(b"not a certificate")
-        stack.gateway.popen.send_signal(signal.SIGHUP)
+        if told:
+            stack.gateway.popen.send_signal(signal.SIGHUP)
         until(lambda: "api-gateway.crt" in stack.gateway.text(), "the bad certificate is logged")
         assert serial(stack) == renewed, "the old one stays"
 

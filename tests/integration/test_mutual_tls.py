@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from .stack import SCRIPTED, Stack, running, until
+from .stack import SCRIPTED, Stack, ready, running, until
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+CHAT = {"model": "gpt-4", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
 SETTINGS = 4
 """Frame type of HTTP/2 that a server sends first."""
 
@@ -147,3 +149,32 @@ def test_a_revoked_certificate_is_refused(own: Stack) -> None:
         return False
 
     until(refused, "the revoked certificate is refused")
+
+
+def test_revocation_reaches_running_services(own: Stack) -> None:
+    """By the files alone; and a renewed certificate brings each service back."""
+
+    def answers(status: int) -> bool:
+        with own.client() as client:
+            try:
+                return client.post("/v1/chat/completions", json=CHAT).status_code == status
+            except httpx.TransportError:
+                return False
+
+    until(lambda: answers(200), "it answers")
+    for services in (["api-gateway"], ["inference-pool"], ["api-gateway", "inference-pool"]):
+        for service in services:
+            pki("revoke", service, "--dir", str(own.certs))
+        until(lambda: answers(503), "revoked services refuse each other")
+        pki("renew", *services, "--dir", str(own.certs))
+        until(lambda: answers(200), "renewed ones do not")
+
+
+def test_a_revocation_list_does_not_just_vanish(own: Stack) -> None:
+    pki("revoke", "monitoring", "--dir", str(own.certs))
+    until(lambda: "new certificates in use" in own.gateway.text(), "the gateway has the list")
+    until(lambda: "certificates replaced" in own.pool.text(), "the pool has the list")
+    (own.certs / "helixflow-crl.pem").unlink()
+    for process in (own.gateway, own.pool):
+        until(lambda process=process: "was in use and is gone" in process.text(), "it is missed")
+    assert ready(own)

@@ -57,7 +57,10 @@ impl<C: Send + Sync + 'static> Live<C> {
         }
         let allow: Arc<[String]> = allow.into();
         let stamp = files.stamp();
-        let material = Material::load(&files, purpose, &allow)?;
+        let mut material = Material::load(&files, purpose, &allow)?;
+        if let Some(revoked) = material.revoked.take() {
+            return Err(revoked);
+        }
         let loaded = finish(&files, &material, build)?;
         Ok(Arc::new(Self {
             attempt: Mutex::new(Attempt {
@@ -113,6 +116,10 @@ impl<C: Send + Sync + 'static> Live<C> {
             return Err(TlsError::new(path, reason));
         }
         let loaded = finish(&self.files, &material, self.build)?;
+        if let Some(revoked) = &material.revoked {
+            // Peers refuse us from now on, each by itself; whom else the list names, we refuse.
+            tracing::error!(file = %revoked.file.display(), reason = %revoked.reason, "our own certificate is of no use any more");
+        }
         self.current.store(Arc::new(loaded));
         attempt.had_crl = material.has_crl;
         self.swaps.send_modify(|n| *n += 1);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use rustls::crypto::CryptoProvider;
 use rustls::sign::CertifiedKey;
+use rustls::{CertificateError, Error};
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime};
 use webpki::{CertRevocationList, OwnedCertRevocationList, anchor_from_trusted_cert};
 use x509_parser::prelude::{CertificateRevocationList, FromDer, X509Certificate};
@@ -24,10 +25,15 @@ pub(crate) struct Material {
     /// End of our certificate's validity, seconds since 1970.
     pub(crate) not_after: i64,
     pub(crate) has_crl: bool,
+    /// Why our own certificate may not be used any more, when that is all there is against it: it was revoked.
+    pub(crate) revoked: Option<TlsError>,
 }
 
 impl Material {
     /// Reads and checks everything. `purpose` is what our own certificate must be good for.
+    ///
+    /// That our own certificate is revoked is no error here: the list that says so may name others as well, who must
+    /// not stay trusted for it.
     pub(crate) fn load(
         files: &Files,
         purpose: Purpose,
@@ -49,9 +55,16 @@ impl Material {
 
         let chain = files.read_cert()?;
         let not_after = check_dates(&files.cert, &chain[0], now)?;
-        trust
-            .check(&chain[0], &chain[1..], now, purpose)
-            .map_err(|e| TlsError::new(&files.cert, own_certificate(&e, purpose)))?;
+        let revoked = match trust.check(&chain[0], &chain[1..], now, purpose) {
+            Ok(()) => None,
+            Err(e) => {
+                let error = TlsError::new(&files.cert, own_certificate(&e, purpose));
+                if e != Error::InvalidCertificate(CertificateError::Revoked) {
+                    return Err(error);
+                }
+                Some(error)
+            }
+        };
         let own = Peer::read(&chain).map_err(|reason| TlsError::new(&files.cert, own(&reason)))?;
 
         let key = provider
@@ -77,6 +90,7 @@ impl Material {
             own,
             not_after,
             has_crl,
+            revoked,
         })
     }
 }
@@ -90,7 +104,6 @@ fn own(reason: &str) -> String {
 }
 
 fn own_certificate(error: &rustls::Error, purpose: Purpose) -> String {
-    use rustls::{CertificateError, Error};
     match error {
         Error::InvalidCertificate(CertificateError::InvalidPurpose) => match purpose {
             Purpose::Server => "is not a server certificate (extended key usage serverAuth)".into(),

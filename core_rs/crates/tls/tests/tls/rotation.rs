@@ -117,6 +117,23 @@ async fn a_list_that_appears_is_honoured_and_may_not_vanish() {
 }
 
 #[tokio::test]
+async fn a_list_is_honoured_even_when_it_names_ourselves() {
+    let ca = Ca::new("ca");
+    let server = ca.issue("inference-pool", SERVER, serial(7));
+    let home = Home::new(&ca, &server);
+    let tls = ServerTls::load(home.files.clone(), names(&["api-gateway"])).unwrap();
+    let client = ca.issue("api-gateway", CLIENT, serial(8));
+    seen_by(&tls, &client).await.unwrap();
+
+    home.put_crl(&ca.crl(&[7, 8]));
+    tls.reload().unwrap();
+    assert_eq!(
+        seen_by(&tls, &client).await.unwrap_err(),
+        "peer refused: its certificate is revoked"
+    );
+}
+
+#[tokio::test]
 async fn a_running_peer_can_be_judged_again() {
     let ca = Ca::new("ca");
     let (home, server) = pool(&ca);
