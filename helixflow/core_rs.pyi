@@ -72,6 +72,12 @@ class TlsFiles:
 
 # --- gateway side: calls to inference pools -----------------------------------
 
+def json_within(body: bytes, structures: int, elements: int) -> bool:
+    """Whether a JSON text has at most so many arrays, objects and members, and elements in them. Releases the GIL.
+
+    One pass that ends at the first limit; text that is no JSON may pass.
+    """
+
 @final
 class Prompt:
     """One prompt: a chat, a text, or token ids."""

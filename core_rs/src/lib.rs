@@ -16,6 +16,7 @@ fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     errors::register(module)?;
     module.add_function(wrap_pyfunction!(logs::init_logging, module)?)?;
+    module.add_function(wrap_pyfunction!(client::request::json_within, module)?)?;
     module.add_class::<tls::TlsFiles>()?;
     module.add_class::<client::request::Prompt>()?;
     module.add_class::<client::request::GenerateRequest>()?;

@@ -1,11 +1,12 @@
 """HTTP over bare ASGI: one object per request that reads its body and writes its answer."""
 
 import asyncio
+import itertools
 import os
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from helixflow.core_rs import CoreError, InvalidRequest, PayloadTooLarge, UnsupportedMediaType
@@ -20,7 +21,9 @@ Headers = Sequence[tuple[bytes, bytes]]
 JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 BODY_TIMEOUT_S = 60.0
-"""A body that arrives in pieces must be complete within this time (seconds): a dribbling client holds a connection."""
+"""A body must be complete within this time (seconds): a silent or dribbling client holds a connection."""
+SWEEP_S = 1.0
+"""Bodies that are late are looked for this often (seconds)."""
 DISCARD_S = 1.0
 DISCARD_BYTES = 16 * 1024 * 1024
 """How much of an unwanted body is read and thrown away (seconds, bytes)."""
@@ -32,12 +35,48 @@ class ClientGone(Exception):  # noqa: N818 -- an event, nobody's mistake
     """The client closed the connection or reset the stream: there is nobody to answer."""
 
 
+class Reading:
+    """The tasks that read a body. One timer gives up the late ones: a timer for each costs more than most bodies."""
+
+    def __init__(self) -> None:
+        self._since: dict[asyncio.Task[Any], float] = {}  # the oldest first
+        self._armed = False
+
+    def begin(self) -> asyncio.Task[Any]:
+        """The running task waits for nothing but its body until `end`; when that is late, it is cancelled."""
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a request runs in a task")
+        self._since[task] = time.monotonic()
+        if not self._armed:
+            self._sweep_later(task.get_loop())
+        return task
+
+    def end(self, task: asyncio.Task[Any]) -> bool:
+        """True when the task was cancelled because its body was late."""
+        return self._since.pop(task, None) is None
+
+    def _sweep_later(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._armed = bool(self._since)
+        if self._armed:
+            loop.call_later(SWEEP_S, self._sweep, loop)
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        limit = time.monotonic() - BODY_TIMEOUT_S
+        late = list(itertools.takewhile(lambda task: self._since[task] <= limit, self._since))
+        for task in late:
+            del self._since[task]
+            task.cancel()
+        self._sweep_later(loop)
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the endpoint accepts and adds: body size (bytes), headers of every answer."""
+    """What the endpoint accepts and adds: body size (bytes), headers of every answer, the bodies being read."""
 
     body_bytes: int
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    reading: Reading = field(default_factory=Reading)
 
 
 class Request:
@@ -97,6 +136,13 @@ class Request:
                     "the body must be JSON: send the header `Content-Type: application/json` "
                     f"(it was {media[:100].decode('latin-1')!r})",
                 )
+        coding = self.headers.get(b"content-encoding")
+        if coding is not None and coding.strip().lower() not in (b"", b"identity"):
+            raise refusal(
+                UnsupportedMediaType,
+                f"the body must not be compressed: leave out `Content-Encoding` "
+                f"(it was {coding[:100].decode('latin-1')!r})",
+            )
         return await self._body()
 
     async def _body(self) -> bytes:
@@ -106,34 +152,42 @@ class Request:
         expected = int(length) if length is not None and length.isdigit() else None
         if expected is not None and expected > limit:
             raise self._too_large(limit)
-        if self._http2:
-            expected = None  # the end of the stream has to arrive too, or the answer may be lost: see `discard`
-        message = await self._receive()
-        first: bytes = message.get("body", b"")
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        if len(first) == expected or not message.get("more_body", False):
-            self.unread = False
-            return first
+        if self._http2 or b"transfer-encoding" in self.headers:
+            # Over HTTP/2 the end of the stream has to arrive too, or the answer may be lost: see `discard`. Chunks
+            # outrank a length (RFC 9112, 6.3).
+            expected = None
+        reading = self._limits.reading
+        task = reading.begin()
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                body = await self._rest(first, expected, limit)
-                self.unread = False
-                return body
-        except TimeoutError:
+            body = await self._pieces(expected, limit)
+        except asyncio.CancelledError:
+            if not reading.end(task):
+                raise
+            task.uncancel()
             raise refusal(
                 InvalidRequest, f"the request body was not complete after {BODY_TIMEOUT_S:g} seconds"
             ) from None
+        finally:
+            reading.end(task)
+        self.unread = False
+        return body
 
-    async def _rest(self, first: bytes, expected: int | None, limit: int) -> bytes:
-        body = bytearray(first)
+    async def _pieces(self, expected: int | None, limit: int) -> bytes:
+        body: bytes | bytearray = b""
         more = True
         while more and len(body) != expected:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                raise ClientGone
-            body += message.get("body", b"")
+                # Said of a client that has gone, and of one that waits for an answer to broken chunks.
+                self.unread = False
+                raise refusal(InvalidRequest, "the request body broke off, or its chunks are malformed")
+            piece: bytes = message.get("body", b"")
             more = message.get("more_body", False)
+            if not body:
+                body = piece
+            else:
+                body = bytearray(body) if isinstance(body, bytes) else body
+                body += piece
             if len(body) > limit:
                 raise self._too_large(limit)
         return bytes(body)

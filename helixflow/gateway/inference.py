@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
 from helixflow.config import GatewayConfig
 from helixflow.core_rs import CoreError, GenerateRequest, InvalidRequest, Prompt
 from helixflow.gateway import schema
@@ -41,7 +43,7 @@ class Inference:
     async def chat(self, request: Request) -> None:
         """POST /v1/chat/completions."""
         self._bridge.admit()
-        body = schema.decode(schema.CHAT, await request.json())
+        body = await self._read(request, schema.CHAT)
         options = self._options(request, body)
         limit = body.max_completion_tokens or body.max_tokens
         if limit is not None:
@@ -61,7 +63,7 @@ class Inference:
     async def complete(self, request: Request) -> None:
         """POST /v1/completions."""
         self._bridge.admit()
-        body = schema.decode(schema.COMPLETION, await request.json())
+        body = await self._read(request, schema.COMPLETION)
         options = self._options(request, body)
         options["max_tokens"] = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if body.logprobs is not None:
@@ -80,7 +82,7 @@ class Inference:
 
     async def tokenize(self, request: Request) -> None:
         """POST /tokenize. A chat goes through the model's template, which brings its own special tokens."""
-        body = schema.decode(schema.TOKENIZE, await request.json())
+        body = await self._read(request, schema.TOKENIZE)
         request.facts["model"] = body.model
         if body.messages is None:
             prompt = Prompt.text(body.prompt or "")
@@ -97,11 +99,18 @@ class Inference:
 
     async def detokenize(self, request: Request) -> None:
         """POST /detokenize."""
-        body = schema.decode(schema.DETOKENIZE, await request.json())
+        body = await self._read(request, schema.DETOKENIZE)
         request.facts["model"] = body.model
         call = self._bridge.admit().detokenize(body.model, body.tokens, request_id=request.id)
         with self._bridge.follow(call, request.receive) as running:
             await _whole(request, running)
+
+    async def _read(self, request: Request, decoder: msgspec.json.Decoder[schema.Body]) -> schema.Body:
+        """The checked body. Raises what `Request.json` and `schema.decode` raise."""
+        body = await request.json()
+        if len(body) > schema.SMALL_BODY:
+            schema.check_size(body, max((model.max_model_len for model in self._bridge.models()), default=0))
+        return schema.decode(decoder, body)
 
     def _options(self, request: Request, body: schema.Sampling) -> dict[str, Any]:
         """The arguments of GenerateRequest that chat and completions share; absent ones keep its defaults."""

@@ -11,13 +11,19 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from helixflow.core_rs import CoreError, InvalidRequest, UnsupportedParameter
+from helixflow.core_rs import CoreError, InvalidRequest, UnsupportedParameter, json_within
 from helixflow.gateway.errors import refusal
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_PROMPTS = 128
 MAX_BIASES = 1024
+SMALL_BODY = 65536
+"""Bodies up to this size (bytes) are decoded within a few milliseconds whatever they hold."""
+MAX_STRUCTURES = 10 * MAX_MESSAGES
+"""Arrays, objects and members of a larger body: a message of one text part has eight."""
+MAX_ELEMENTS = 65536
+"""Elements of a larger body, besides the token ids of its prompts."""
 ROLES = frozenset(("system", "developer", "user", "assistant"))
 
 Absent = Raw(b"null")
@@ -29,7 +35,7 @@ Choices = Annotated[int, Meta(ge=1, le=16)]
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokensOrNone = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
-TopP = Annotated[float, Meta(gt=0, le=1)]
+TopP = Annotated[float, Meta(ge=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 MinP = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -37,6 +43,7 @@ Repetition = Annotated[float, Meta(ge=0.01, le=10)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 LogitBias = Annotated[dict[TokenId, Bias], Meta(max_length=MAX_BIASES)]
+Metadata = Annotated[dict[str, str], Meta(max_length=16)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 
 
@@ -138,7 +145,7 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
 
     UNSUPPORTED: ClassVar[dict[str, tuple[bytes, ...]]] = {}
 
@@ -301,6 +308,19 @@ def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
         raise refusal(InvalidRequest, "the body is nested too deeply") from None
     parsed.check()
     return parsed
+
+
+def check_size(body: bytes, longest: int) -> None:
+    """Refuses a body that would keep the event loop busy decoding what no model can take. Raises InvalidRequest.
+
+    `longest`: positions of the longest model; so many token ids each prompt may have.
+    """
+    elements = MAX_ELEMENTS + MAX_PROMPTS * longest
+    if not json_within(body, MAX_STRUCTURES, elements):
+        raise refusal(
+            InvalidRequest,
+            f"the body holds too much: at most {MAX_STRUCTURES} arrays, objects and members, and {elements} elements",
+        )
 
 
 def _explain(problem: str) -> CoreError:

@@ -1,5 +1,6 @@
 """The HTTP surface: health, models, keys, errors, limits, headers, CORS, TLS."""
 
+import contextlib
 import re
 import ssl
 from datetime import datetime
@@ -7,6 +8,7 @@ from datetime import datetime
 import httpx
 import pytest
 
+from helixflow.gateway import http
 from helixflow.pki.layout import Layout
 from tests.gateway.conftest import KEY, Served, serving
 
@@ -172,6 +174,66 @@ def test_content_type(client: httpx.Client) -> None:
     )
     assert answer.status_code == 415
     assert "Content-Type: application/json" in str(error_of(answer)["message"])
+
+
+def test_a_compressed_body_is_refused(client: httpx.Client) -> None:
+    body = b'{"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}'
+    answer = client.post("/v1/chat/completions", content=body, headers={"content-encoding": "gzip"})
+    assert answer.status_code == 415
+    assert error_of(answer)["code"] == "unsupported_media_type"
+    assert client.post("/v1/chat/completions", content=body, headers={"content-encoding": "identity"}).is_success
+
+
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer demo-key\r\n"
+
+
+@pytest.mark.parametrize(
+    ("rest", "status"),
+    [
+        (b"transfer-encoding: chunked\r\n\r\nzz\r\n{", b"400"),
+        (b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n-1\r\n", b"400"),
+        (b"content-length: 300000\r\nexpect: 100-continue\r\n\r\n", b"413"),
+    ],
+)
+def test_broken_framing_gets_an_answer(served: Served, rest: bytes, status: bytes) -> None:
+    with contextlib.closing(served.raw()) as connection:
+        connection.sendall(POST + rest)
+        answer = connection.recv(4096)
+    assert answer.split(b" ", 2)[1] == status
+    assert b"x-request-id: req-" in answer
+    assert b'"code":' in answer
+
+
+def test_chunks_outrank_a_length(served: Served) -> None:
+    body = b'{"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}'
+    chunks = b"1\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (body[:1], len(body) - 1, body[1:])
+    with contextlib.closing(served.raw()) as connection:
+        connection.sendall(POST + b"content-length: 1\r\ntransfer-encoding: chunked\r\n\r\n" + chunks)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_that_never_comes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(http, "SWEEP_S", 0.01)
+    for begun in (b"", b'{"model"'):
+        with contextlib.closing(served.raw()) as connection:
+            connection.sendall(POST + b"content-length: 50\r\n\r\n" + begun)
+            answer = connection.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert b"not complete after" in answer
+
+
+@pytest.mark.parametrize(
+    "path", ["//health", "/health/", "/v1//models", "/v1/%2e%2e/health", "/HEALTH", "/v1/models/%0d%0ax-evil:%201", "*"]
+)
+def test_path_tricks_find_nothing(served: Served, path: str) -> None:
+    with contextlib.closing(served.raw()) as connection:
+        connection.sendall(b"GET " + path.encode() + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 404")
+    assert b"x-evil" not in head
+    assert set(httpx.Response(404, content=body).json()) == {"error"}
 
 
 def test_cors_for_named_origins_only(pki: Layout) -> None:

@@ -120,7 +120,7 @@ def test_not_built_but_says_what_happens_anyway(name: str, value: Any) -> None:
         ("temperature", {"temperature": -0.1}),
         ("temperature", {"temperature": "1"}),
         ("temperature", {"temperature": True}),
-        ("top_p", {"top_p": 0}),
+        ("top_p", {"top_p": -0.1}),
         ("top_p", {"top_p": 1.1}),
         ("top_k", {"top_k": -2}),
         ("top_k", {"top_k": 1.5}),
@@ -265,6 +265,31 @@ def test_broken_bodies_are_refused_at_once(body: bytes) -> None:
     with pytest.raises(InvalidRequest):
         schema.decode(schema.CHAT, body)
     assert time.perf_counter() - began < 0.1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "m", "prompt": [' + b"[1]," * 1_000_000 + b"[1]]}",
+        b'{"model": "m", "prompt": [' + b"1," * 2_000_000 + b"1]}",
+        b'{"model": "m", "prompt": [' + b'"",' * 1_300_000 + b'""]}',
+        b'{"model": "m", "stop": ' + b"[" * 2_000_000,
+        b'{"model": "m", "logit_bias": {' + b'"1":1,' * 700_000 + b'"1":1}}',
+        b'{"model": "m", "messages": [' + b'{"role":"user","content":"x"},' * 100_000 + b"{}]}",
+    ],
+    ids=["lists", "ids", "texts", "deep", "members", "messages"],
+)
+def test_huge_bodies_are_refused_undecoded(body: bytes) -> None:
+    began = time.perf_counter()
+    with pytest.raises(InvalidRequest, match="holds too much"):
+        schema.check_size(body, 1024)
+    assert time.perf_counter() - began < 0.1
+
+
+def test_what_a_model_can_take_is_not_too_much() -> None:
+    schema.check_size(b'{"prompt": "' + b"[1,2],{}" * 500_000 + b'"}', 1024)
+    prompt = b"[" + b",".join([b"1"] * 1024) + b"]"
+    schema.check_size(b'{"prompt": [' + b",".join([prompt] * schema.MAX_PROMPTS) + b"]}", 1024)
 
 
 JSON = st.recursive(

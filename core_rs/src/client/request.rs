@@ -5,6 +5,12 @@ use helix_wire::v1;
 use helix_wire::v1::input::Kind;
 use pyo3::prelude::*;
 
+/// Whether a JSON text has at most so many arrays, objects and members, and elements in them.
+#[pyfunction]
+pub(crate) fn json_within(py: Python<'_>, body: &[u8], structures: usize, elements: usize) -> bool {
+    py.detach(|| helix_text::json_within(body, structures, elements))
+}
+
 /// One prompt: a chat, a text, or token ids.
 #[pyclass(frozen, module = "helixflow.core_rs")]
 pub(crate) struct Prompt(pub(super) v1::Input);

@@ -11,18 +11,19 @@ use tokio::sync::Semaphore;
 const INLINE_BYTES: usize = 8 * 1024;
 
 /// Token ids of each input, and the name of the request parameter it came in.
+///
+/// Ends early with an input of more than `longest` tokens, which is the last one then: the caller refuses it,
+/// and the others need no work any more.
 pub(crate) async fn encode_all(
     text: &TextModel,
     threads: &Arc<Semaphore>,
     inputs: Vec<Input>,
     add_special: bool,
+    longest: usize,
 ) -> Result<Vec<Encoded>, CoreError> {
     let bytes: usize = inputs.iter().map(size).sum();
     if bytes <= INLINE_BYTES {
-        return inputs
-            .into_iter()
-            .map(|input| encode(text, input, add_special))
-            .collect();
+        return encode_each(text, inputs, add_special, longest);
     }
     let failed = |error: &dyn std::fmt::Display| {
         CoreError::new(
@@ -37,12 +38,27 @@ pub(crate) async fn encode_all(
     let text = text.clone();
     let work = tokio::task::spawn_blocking(move || {
         let _permit = permit;
-        inputs
-            .into_iter()
-            .map(|input| encode(&text, input, add_special))
-            .collect()
+        encode_each(&text, inputs, add_special, longest)
     });
     work.await.map_err(|error| failed(&error))?
+}
+
+fn encode_each(
+    text: &TextModel,
+    inputs: Vec<Input>,
+    add_special: bool,
+    longest: usize,
+) -> Result<Vec<Encoded>, CoreError> {
+    let mut all = Vec::with_capacity(inputs.len());
+    for input in inputs {
+        let encoded = encode(text, input, add_special)?;
+        let hopeless = encoded.ids.len() > longest;
+        all.push(encoded);
+        if hopeless {
+            break;
+        }
+    }
+    Ok(all)
 }
 
 /// A tokenised input.

@@ -19,6 +19,8 @@ const MAX_CHOICES: usize = 1024;
 const CHOICE_BITS: u32 = 16;
 /// Alternatives per token; what `OpenAI` allows.
 const MAX_LOGPROBS: u32 = 20;
+/// Log-probabilities of an answer that is not streamed: it is held until its end, at some 100 bytes each.
+const MAX_HELD_LOGPROBS: u64 = 1 << 22;
 /// The gateway allows 4 (`OpenAI`); other callers a few more.
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 4096;
@@ -133,6 +135,29 @@ impl Wishes {
             echo: request.echo,
             ignore_eos: request.ignore_eos,
         })
+    }
+
+    /// Checks that the longest answer to these prompts can be held until it is complete.
+    pub(crate) fn check_held(&self, prompts: &[Prompt]) -> Result<(), CoreError> {
+        let Some(alternatives) = self.logprobs else {
+            return Ok(());
+        };
+        let echoed = |prompt: &Prompt| if self.echo { prompt.ids.len() } else { 0 };
+        let tokens: u64 = prompts
+            .iter()
+            .map(|prompt| u64::from(prompt.max_new) + echoed(prompt) as u64)
+            .sum();
+        let entries = tokens
+            .saturating_mul(self.n as u64)
+            .saturating_mul(alternatives as u64 + 1);
+        if entries <= MAX_HELD_LOGPROBS {
+            return Ok(());
+        }
+        let message = format!(
+            "the answer could hold {entries} log-probabilities; one that is not streamed holds at most \
+             {MAX_HELD_LOGPROBS}: stream it, or lower max_tokens, n or the number of alternatives"
+        );
+        Err(CoreError::invalid("logprobs", message))
     }
 
     /// The parameters of one choice. With a seed, equal prompts of one request give equal answers, and the
@@ -299,17 +324,20 @@ pub(crate) fn check_input(
             Err(too_long(max_len, "more", None, "prompt"))
         }
         Some(Kind::Text(_)) => Ok(()),
-        Some(Kind::Tokens(tokens)) => {
-            let vocab = capacity.vocab_size;
-            match tokens.ids.iter().find(|id| **id as usize >= vocab) {
-                Some(id) => {
-                    let message =
-                        format!("token id {id} is not in the model's vocabulary of {vocab} tokens");
-                    Err(CoreError::invalid("prompt", message))
-                }
-                None => Ok(()),
-            }
+        Some(Kind::Tokens(tokens)) => known(&tokens.ids, capacity.vocab_size, "prompt"),
+    }
+}
+
+/// Refuses tokens that the model has no embedding for. A tokeniser may know some too: tokens that were
+/// added to it without resizing the model.
+pub(crate) fn known(ids: &[u32], vocab: usize, param: &str) -> Result<(), CoreError> {
+    match ids.iter().find(|id| **id as usize >= vocab) {
+        Some(id) => {
+            let message =
+                format!("token id {id} is not in the model's vocabulary of {vocab} tokens");
+            Err(CoreError::invalid(param, message))
         }
+        None => Ok(()),
     }
 }
 

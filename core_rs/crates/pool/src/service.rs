@@ -22,7 +22,7 @@ use crate::inbox::Command;
 use crate::outbox::Outbox;
 use crate::pool::Shared;
 use crate::request::{
-    Job, MAX_ID_BYTES, Prompt, Wishes, check_input, check_model, grpc_timeout, room, timeout,
+    Job, MAX_ID_BYTES, Prompt, Wishes, check_input, check_model, grpc_timeout, known, room, timeout,
 };
 
 /// Least time between two states of one watcher: counts change with every step.
@@ -57,13 +57,28 @@ impl Service {
         let capacity = shared.inbox.capacity()?;
         check_model(&request.model, &shared.options)?;
         let wishes = Wishes::check(&request, capacity)?;
-        for input in &request.inputs {
-            check_input(input, capacity, shared.longest_token)?;
+        let count = request.inputs.len();
+        for (index, input) in request.inputs.iter().enumerate() {
+            check_input(input, capacity, shared.longest_token)
+                .map_err(|error| of_prompt(error, index, count))?;
         }
-        let encoded = encode_all(&shared.text, &shared.tokenisers, request.inputs, true).await?;
-        let mut prompts = Vec::with_capacity(encoded.len());
-        for input in encoded {
-            prompts.push(self.prompt(input, request.max_tokens, capacity.max_len, wishes.echo)?);
+        let encoded = encode_all(
+            &shared.text,
+            &shared.tokenisers,
+            request.inputs,
+            true,
+            capacity.max_len,
+        )
+        .await?;
+        let mut prompts = Vec::with_capacity(count);
+        for (index, input) in encoded.into_iter().enumerate() {
+            let prompt = known(&input.ids, capacity.vocab_size, input.param).and_then(|()| {
+                self.prompt(input, request.max_tokens, capacity.max_len, wishes.echo)
+            });
+            prompts.push(prompt.map_err(|error| of_prompt(error, index, count))?);
+        }
+        if !request.stream {
+            wishes.check_held(&prompts)?;
         }
         let accepted = Accepted {
             model: shared.options.model_id.clone(),
@@ -172,6 +187,7 @@ impl Inference for Service {
             &shared.tokenisers,
             inputs,
             request.add_special_tokens,
+            usize::MAX,
         )
         .await?;
         let Some(input) = encoded.into_iter().next() else {
@@ -202,11 +218,7 @@ impl Inference for Service {
             );
             return Err(CoreError::invalid("tokens", message).into());
         }
-        if let Some(id) = request.tokens.iter().find(|id| **id as usize >= vocab) {
-            let message =
-                format!("token id {id} is not in the model's vocabulary of {vocab} tokens");
-            return Err(CoreError::invalid("tokens", message).into());
-        }
+        known(&request.tokens, vocab, "tokens")?;
         let text = self.shared.text.clone();
         let work = tokio::task::spawn_blocking(move || text.decode(&request.tokens));
         let text = work
@@ -235,6 +247,15 @@ impl Inference for Service {
             Some((Ok(now), (state, closed, false)))
         });
         Ok(Response::new(Box::pin(states)))
+    }
+}
+
+/// Says which of several prompts is at fault.
+fn of_prompt(error: CoreError, index: usize, count: usize) -> CoreError {
+    if count > 1 {
+        error.with_param(format!("prompt[{index}]"))
+    } else {
+        error
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod bytes;
 mod detok;
+mod json_size;
 mod load;
 mod model;
 pub mod openai;
@@ -14,6 +15,7 @@ mod template;
 mod vocabulary;
 
 pub use detok::Detokenizer;
+pub use json_size::json_within;
 pub use load::LoadError;
 pub use model::{EncodeError, TextModel};
 pub use stop::{Out, StopMatcher};

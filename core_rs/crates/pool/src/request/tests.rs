@@ -89,6 +89,42 @@ fn wrong_values_are_refused_by_name() {
 }
 
 #[test]
+fn an_answer_that_is_held_has_a_limit() {
+    let wishes = |logprobs, echo| {
+        let request = v1::GenerateRequest {
+            logprobs,
+            echo,
+            ..request()
+        };
+        Wishes::check(&request, CAPACITY).unwrap()
+    };
+    let prompt = |max_new| Prompt {
+        ids: vec![1; 8].into(),
+        max_new,
+        echo: None,
+    };
+    // Two choices of 2^20 tokens, each with one alternative.
+    let most = 1 << 20;
+    assert!(
+        wishes(Some(1), false)
+            .check_held(&[prompt(most - 8), prompt(8)])
+            .is_ok()
+    );
+    for refused in [
+        wishes(Some(1), false).check_held(&[prompt(most + 1)]),
+        wishes(Some(1), true).check_held(&[prompt(most)]),
+        wishes(Some(20), false).check_held(&[prompt(most)]),
+    ] {
+        assert_eq!(refused.unwrap_err().param.as_deref(), Some("logprobs"));
+    }
+    assert!(
+        wishes(None, true)
+            .check_held(&vec![prompt(u32::MAX); 512])
+            .is_ok()
+    );
+}
+
+#[test]
 fn the_context_is_shared_by_prompt_and_answer() {
     assert_eq!(room(10, None, 16, "prompt").unwrap(), 6);
     assert_eq!(room(10, Some(6), 16, "prompt").unwrap(), 6);

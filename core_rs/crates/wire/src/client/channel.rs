@@ -203,10 +203,13 @@ impl Channel {
     }
 }
 
+/// The message may reach the platform's clients, so the address and the cause stay in the source.
 fn broken(address: &str, error: &h2::Error) -> Status {
-    Status::unavailable(format!(
-        "the connection to the inference pool {address} broke: {error}"
-    ))
+    let mut status =
+        Status::unavailable("the connection to the inference pool broke; send the request again");
+    let cause = format!("the connection to {address} broke: {error}");
+    status.set_source(Arc::new(std::io::Error::other(cause)));
+    status
 }
 
 impl tower::Service<http::Request<tonic::body::Body>> for Channel {

@@ -1,5 +1,6 @@
 //! The task that keeps one pool: connects, watches its state, ejects it, takes it back.
 
+use std::error::Error as _;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
@@ -82,7 +83,7 @@ impl Keeper {
                     match message {
                         Ok(Some(told)) => self.told(told, &session.connected.channel),
                         Ok(None) => return "the pool closed the connection".to_owned(),
-                        Err(status) => return CoreError::from(status).message,
+                        Err(status) => return reason(status),
                     }
                     continue;
                 }
@@ -126,16 +127,23 @@ impl Keeper {
     }
 }
 
+/// Why a connection failed, for operators.
+fn reason(status: tonic::Status) -> String {
+    match status.source() {
+        Some(cause) => cause.to_string(),
+        None => CoreError::from(status).message,
+    }
+}
+
 async fn open_watch(channel: &Channel) -> Result<Watch, String> {
-    let text = |status: tonic::Status| CoreError::from(status).message;
     let mut grpc = channel.grpc();
-    grpc.ready().await.map_err(text)?;
+    grpc.ready().await.map_err(reason)?;
     let request = codec::request(Arc::new(v1::WatchRequest {}), "");
     let path = PathAndQuery::from_static("/helixflow.v1.Inference/Watch");
     let response = grpc
         .server_streaming(request, path, Codec::default())
         .await
-        .map_err(text)?;
+        .map_err(reason)?;
     Ok(response.into_inner())
 }
 
