@@ -8,6 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_QUIET := 1
 SOURCES := helixflow tests perf engines
+POSTGRES := /usr/lib/postgresql/15/bin
 APT := $(if $(filter 0,$(shell id -u)),apt-get,)
 
 .DEFAULT_GOAL := help
@@ -43,6 +44,10 @@ system:
 	@missing=""; for tool in curl openssl; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	if [ -n "$$missing" ] && [ -n "$(APT)" ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing ca-certificates; \
 	elif [ -n "$$missing" ]; then echo "tests that need them are skipped; install:$$missing"; fi
+	@test -x $(POSTGRES)/postgres || { test -n "$(APT)" && mkdir -p /etc/postgresql-common/createcluster.d && \
+	echo "create_main_cluster = false" > /etc/postgresql-common/createcluster.d/helixflow.conf && \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql-15; } || \
+	echo "tests on PostgreSQL 15 are skipped; install: postgresql-15"
 
 lint: build-dev ## ruff, mypy --strict, the stub against the built module, clippy, formats
 	$(BIN)/ruff format --check $(SOURCES)

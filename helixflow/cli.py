@@ -18,6 +18,7 @@ from helixflow.process import die_with_starter, outlive_readers
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. Each leaf sets `run`, a function of the parsed arguments."""
+    import helixflow.db.cli
     import helixflow.engine.cli
     import helixflow.pki.cli
 
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     _service(commands, "pool", "run the inference-pool alone", _pool)
     helixflow.pki.cli.add_parser(commands)
     helixflow.engine.cli.add_parser(commands)
+    helixflow.db.cli.add_parser(commands)
     _config(commands)
     version = commands.add_parser("version", help="print the version", description="Print the version.")
     version.add_argument("--json", action="store_true", help="as JSON, with the versions of the main parts")

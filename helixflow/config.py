@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helixflow.errors import ConfigError
+from helixflow.errors import ConfigError, HelixError
 from helixflow.options import Address, Reader, StaticKey, between, one_of, option
 
 UNSET = Path()
+SYSTEM_STATE = Path("/var/lib/helixflow")
 PACKAGE = Path(__file__).resolve().parent
 DEVELOPMENT_KEY = "demo-key"
 DEVELOPMENT_ALIASES = ("gpt-4", "gpt-3.5-turbo")
@@ -126,6 +127,35 @@ class PoolConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DatabaseConfig:
+    """PostgreSQL: your own by its URL, else the embedded one."""
+
+    url: str = option("", "postgresql://user:password@host:port/database; empty: the embedded server", secret=True)
+    admin_url: str = option("", "URL of an administrator; only `helixflow db setup` uses it", secret=True)
+    tls: str = option(
+        "verify-full",
+        "verify-full, or disable (only for a loopback address); a Unix socket has none",
+        check=one_of("verify-full", "disable"),
+    )
+    tls_ca: Path = option(Path(), "file of CA certificates for the server; empty: the system's")
+    pool_min: int = option(1, "connections a service keeps open", check=between(0, 1000))
+    pool_max: int = option(10, "most connections of a service", check=between(1, 1000))
+    connect_timeout_ms: int = option(5000, "time for one connection (milliseconds)", check=between(10, 600_000))
+    acquire_timeout_ms: int = option(
+        2000, "wait for a free connection of the pool (milliseconds)", check=between(1, 600_000)
+    )
+    statement_timeout_ms: int = option(
+        10_000, "the server ends a statement after this time (milliseconds)", check=between(1, 86_400_000)
+    )
+    directory: Path = option(
+        Path(),
+        "data of the embedded server; empty: postgres/ under home, for root without HELIX_HOME "
+        "/var/lib/helixflow/postgres",
+    )
+    user: str = option("nobody", "account that the embedded server runs under when HelixFlow runs as root")
+
+
+@dataclass(frozen=True, slots=True)
 class SuperviseConfig:
     """How `helixflow serve` keeps its services up."""
 
@@ -149,6 +179,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
+    database: DatabaseConfig = field(default_factory=DatabaseConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
 
     @property
@@ -161,6 +192,7 @@ SECTIONS: dict[str, type[Any]] = {
     "log": LogConfig,
     "gateway": GatewayConfig,
     "pool": PoolConfig,
+    "database": DatabaseConfig,
     "supervise": SuperviseConfig,
 }
 
@@ -219,12 +251,32 @@ def _cross_check(config: Config) -> list[str]:
         )
     if not config.gateway.pools:
         problems.append("gateway.pools: at least one address is needed")
+    problems += _database_problems(config.database)
     if config.supervise.backoff_min_s > config.supervise.backoff_max_s:
         problems.append("supervise.backoff_min_s: must not be larger than supervise.backoff_max_s")
     names = [key.name for key in config.gateway.keys]
     problems += [
         f"gateway.keys: the name {name!r} stands twice" for name in sorted({n for n in names if names.count(n) > 1})
     ]
+    return problems
+
+
+def _database_problems(database: DatabaseConfig) -> list[str]:
+    problems = []
+    if database.pool_min > database.pool_max:
+        problems.append("database.pool_min: must not be larger than database.pool_max")
+    if not database.url and not database.admin_url:
+        return problems
+    from helixflow.db.target import Target  # noqa: PLC0415 - asyncpg is slow to import, and only a URL needs it
+
+    for name, url in (("url", database.url), ("admin_url", database.admin_url)):
+        try:
+            target = Target.parse(url) if url else None
+        except HelixError as error:
+            problems.append(f"database.{name}: {error}")
+            continue
+        if target and database.tls == "disable" and not target.local:
+            problems.append(f"database.tls: {target.host} (database.{name}) is no loopback address: TLS must stay on")
     return problems
 
 
@@ -245,7 +297,17 @@ def _resolve(config: Config, environ: Mapping[str, str]) -> Config:
         certs=config.certs if config.certs != UNSET else default_certs_dir(environ),
         engines=config.engines if config.engines != UNSET else default_engines_dir(environ),
         pool=pool,
+        database=_database(config, home),
     )
+
+
+def _database(config: Config, home: Path) -> DatabaseConfig:
+    """Places the embedded server's data. Root's own folders are usually closed to the account it runs under."""
+    if config.database.directory != UNSET:
+        return config.database
+    by_default = config.home == UNSET and home == default_home({})
+    directory = SYSTEM_STATE / "postgres" if by_default and os.geteuid() == 0 else home / "postgres"
+    return dataclasses.replace(config.database, directory=directory)
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -261,7 +323,9 @@ def describe(config: Config) -> dict[str, Any]:
         for entry in dataclasses.fields(section):
             value = getattr(section, entry.name)
             if entry.metadata.get("secret"):
-                out[entry.name] = [f"{key.name}:***" for key in value]
+                out[entry.name] = (
+                    "***" * bool(value) if isinstance(value, str) else [f"{key.name}:***" for key in value]
+                )
             else:
                 out[entry.name] = (
                     table(value) if dataclasses.is_dataclass(value) and entry.name in SECTIONS else plain(value)

@@ -58,7 +58,7 @@ class Service:
                 sys.executable,
                 "-m",
                 "helixflow",
-                self._command,
+                *self._command.split(),
                 env={**self.environ, READY_FD: str(ready), PARENT_PID: str(os.getpid())},
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(ready,),

@@ -1,0 +1,189 @@
+"""Migrations: each exactly once, and every refusal."""
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from helixflow.db import migrate
+from helixflow.db.errors import MigrationError
+from helixflow.db.migrate import FOLDER, LOCK, Applied, Migration
+from helixflow.db.target import Target, connect
+
+from .support import Server
+
+FIRST = migrate.read()[0]
+
+
+def _more(*statements: str) -> list[Migration]:
+    """The shipped first migration and others after it."""
+    made = [Migration(n, f"step{n}", f"{n:064x}", sql) for n, sql in enumerate(statements, 2)]
+    return [FIRST, *made]
+
+
+async def _migrate(target: Target, files: list[Migration]) -> list[int]:
+    connection = await connect(target)
+    try:
+        return [each.number for each in await migrate.migrate(connection, files)]
+    finally:
+        await connection.close()
+
+
+async def _value(target: Target, query: str) -> object:
+    connection = await connect(target)
+    try:
+        return await connection.fetchval(query)
+    finally:
+        await connection.close()
+
+
+def test_four_at_once_apply_each_once(server: Server) -> None:
+    target = server.database()
+    files = _more("CREATE TABLE helixflow.a (x int)", "INSERT INTO helixflow.a SELECT 1 FROM pg_sleep(0.2)")
+
+    async def four() -> list[list[int]]:
+        return await asyncio.gather(*(_migrate(target, files) for _ in range(4)))
+
+    done = asyncio.run(four())
+    assert sorted(number for each in done for number in each) == [1, 2, 3]
+    assert asyncio.run(_value(target, "SELECT count(*) FROM helixflow.a")) == 1
+    rows = asyncio.run(_value(target, "SELECT count(*) FROM helixflow.migrations"))
+    assert rows == 3
+    assert asyncio.run(_migrate(target, files)) == []
+
+
+def test_four_processes_at_once(wheel: Server) -> None:
+    target = wheel.database()
+    script = textwrap.dedent(
+        f"""
+        import asyncio
+        from helixflow.db import migrate
+        from helixflow.db.target import Target, connect
+        async def main():
+            connection = await connect(Target.parse({target.dsn()!r}))
+            print(len(await migrate.migrate(connection)))
+            await connection.close()
+        asyncio.run(main())
+        """
+    )
+    started = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert sorted(process.communicate()[0].strip() for process in started) == ["0", "0", "0", str(len(migrate.read()))]
+
+
+def test_the_installation_has_an_identity(server: Server) -> None:
+    target = server.database()
+    asyncio.run(_migrate(target, [FIRST]))
+    first = asyncio.run(_value(target, "SELECT installation FROM helixflow.meta"))
+    asyncio.run(_migrate(target, [FIRST]))
+    assert asyncio.run(_value(target, "SELECT installation FROM helixflow.meta")) == first
+    ledger = asyncio.run(_ledger(target))
+    assert [(row.number, row.name, row.sha256) for row in ledger] == [(1, "installation", FIRST.sha256)]
+    assert ledger[0].applied_at
+
+
+async def _ledger(target: Target) -> list[Applied]:
+    connection = await connect(target)
+    try:
+        return await migrate.ledger(connection)
+    finally:
+        await connection.close()
+
+
+def test_a_failed_migration_leaves_nothing(wheel: Server) -> None:
+    target = wheel.database()
+    files = _more("CREATE TABLE helixflow.half (x int); SELECT 1/0")
+    with pytest.raises(MigrationError, match="0002_step2 failed, nothing of it stays: division by zero"):
+        asyncio.run(_migrate(target, files))
+    assert asyncio.run(_value(target, "SELECT to_regclass('helixflow.half')")) is None
+    assert [row.number for row in asyncio.run(_ledger(target))] == [1]
+    assert asyncio.run(_migrate(target, _more("CREATE TABLE helixflow.half (x int)"))) == [2]
+
+
+def test_a_table_in_use_does_not_block_for_long(wheel: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = wheel.database()
+    asyncio.run(_migrate(target, _more("CREATE TABLE helixflow.busy (x int)")))
+    monkeypatch.setattr(migrate, "DDL_LOCK_MS", 50)
+
+    async def attempt() -> None:
+        reader = await connect(target)
+        async with reader.transaction():
+            await reader.execute("LOCK TABLE helixflow.busy IN ACCESS SHARE MODE")
+            with pytest.raises(MigrationError, match="waited 50 ms for a table in use"):
+                await _migrate(
+                    target, _more("CREATE TABLE helixflow.busy (x int)", "ALTER TABLE helixflow.busy ADD y int")
+                )
+        await reader.close()
+
+    asyncio.run(attempt())
+
+
+def test_waiting_for_another_migrator_ends(wheel: Server) -> None:
+    target = wheel.database()
+
+    async def attempt() -> None:
+        other, connection = await connect(target), await connect(target)
+        await other.execute("SELECT pg_advisory_lock($1)", LOCK)
+        with pytest.raises(MigrationError, match=r"has been migrating for 0.05 s"):
+            await migrate.migrate(connection, wait_s=0.05)
+        await other.close()
+        assert await migrate.migrate(connection, wait_s=5)
+        await connection.close()
+
+    asyncio.run(attempt())
+
+
+def test_a_role_without_rights_is_sent_to_setup(wheel: Server) -> None:
+    target = wheel.database()
+    asyncio.run(wheel.execute(f"ALTER DATABASE {target.database} OWNER TO helixflow_admin"))
+    asyncio.run(wheel.execute(f"GRANT CONNECT ON DATABASE {target.database} TO helixflow"))
+    with pytest.raises(MigrationError, match="helixflow db setup"):
+        asyncio.run(_migrate(target, [FIRST]))
+
+
+def test_a_changed_file_is_refused() -> None:
+    applied = [Applied(1, "installation", "0" * 64)]
+    with pytest.raises(MigrationError, match="0001_installation was changed after it had been applied"):
+        migrate.pending([FIRST], applied)
+
+
+def test_a_newer_database_is_refused() -> None:
+    applied = [Applied(1, FIRST.name, FIRST.sha256), Applied(2, "later", "2" * 64)]
+    with pytest.raises(MigrationError, match="0002_later, which this release does not know: a newer release"):
+        migrate.pending([FIRST], applied)
+
+
+def test_a_hole_in_the_ledger_is_refused() -> None:
+    with pytest.raises(MigrationError, match="lacks migration 0001 but holds 0002_step2"):
+        migrate.pending(_more(""), [Applied(2, "step2", f"{2:064x}")])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["0002_a.sql"], "0002_a stands where 0001 should"),
+        (["0001_a.sql", "0003_b.sql"], "0003_b stands where 0002 should"),
+        (["0001_a.sql", "0001_b.sql"], "0001_b stands where 0002 should"),
+        (["1_a.sql"], "1_a.sql is not the name of a migration"),
+    ],
+)
+def test_wrong_names_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text("SELECT 1;")
+    with pytest.raises(MigrationError, match=message):
+        migrate.read(tmp_path)
+
+
+@pytest.mark.parametrize("statement", ["COMMIT;", "  begin ;", "START TRANSACTION;", "rollback work;"])
+def test_transactions_inside_a_file_are_refused(tmp_path: Path, statement: str) -> None:
+    (tmp_path / "0001_a.sql").write_text(f"CREATE TABLE t (x int);\n{statement}\n")
+    with pytest.raises(MigrationError, match="begins or ends a transaction"):
+        migrate.read(tmp_path)
+
+
+def test_shipped_files_are_whole() -> None:
+    files = migrate.read()
+    assert len(files) == len(list(FOLDER.glob("*.sql")))
+    assert files[0].name == "installation"
