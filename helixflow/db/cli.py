@@ -70,12 +70,9 @@ def _start(options: argparse.Namespace) -> int:
 
     from helixflow import log
     from helixflow.config import load
-    from helixflow.process import READY_FD, die_with_parent
 
     if options.config:
         os.environ["HELIX_CONFIG"] = options.config
-    if READY_FD in os.environ:
-        die_with_parent()
     config = load()
     log.setup(config.log, "database")
     status: int = asyncio.run(options.action(config, options))
