@@ -114,30 +114,6 @@ def test_a_token_that_only_the_tokeniser_knows_is_refused(certs: Path, tmp_path:
         assert good.status_code == 200, "the engine must not have noticed"
 
 
-def test_a_long_prompt_does_not_stop_a_running_answer(certs: Path, tmp_path: Path) -> None:
-    options = {"HELIX_MODEL": str(GOLDEN / "mistral-tiny"), "HELIX_POOL_STEP_TOKENS": "8", "HELIX_POOL_SLOTS": "2"}
-    body = {"model": "mistral-tiny", "temperature": 0, "ignore_eos": True}
-    with running(certs, tmp_path, **options) as stack, stack.client() as client, ThreadPoolExecutor(1) as threads:
-        running_answer = {**body, "prompt": [5, 6, 7], "max_tokens": 200, "stream": True}
-        tokens_before, tokens_during, asked = 0, 0, None
-        with client.stream("POST", "/v1/completions", json=running_answer) as response:
-            for line in response.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                if asked is None:
-                    tokens_before += 1
-                    if tokens_before == 5:
-                        prompt = [index % 250 for index in range(200)]
-                        request = {**body, "prompt": prompt, "max_tokens": 1}
-                        asked = threads.submit(client.post, "/v1/completions", json=request)
-                elif not asked.done():
-                    tokens_during += 1
-        assert asked is not None
-        assert asked.result().status_code == 200
-    # 200 tokens in pieces of at most 7 take 29 steps, and each of them decodes as well; some are read late.
-    assert tokens_during >= 15
-
-
 def rewrite(file: str, **changes: Any) -> Callable[[Path], None]:
     """Changes keys of a JSON file; None removes."""
 
