@@ -1,12 +1,11 @@
 """Ties between a process and the world around it: its supervisor, and whoever reads what it prints."""
 
-import contextlib
 import ctypes
 import errno
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import IO, TextIO
 
 READY_FD = "HELIXFLOW_READY_FD"
@@ -70,8 +69,11 @@ class Output:
 
     def write(self, text: str) -> int:
         """Writes text; returns its length."""
-        with self._dropping():
+        # Every log line comes through here: a context manager would cost more than the write.
+        try:
             self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -81,17 +83,15 @@ class Output:
 
     def flush(self) -> None:
         """Hands over what is buffered."""
-        with self._dropping():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _dropping(self) -> Iterator[None]:
         try:
-            yield
+            self._stream.flush()
         except OSError as error:
-            # A full disk may have room again; a closed pipe and a lost terminal do not come back.
-            if error.errno in (errno.EPIPE, errno.EIO):
-                discard(self._stream)
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        # A full disk may have room again; a closed pipe and a lost terminal do not come back.
+        if error.errno in (errno.EPIPE, errno.EIO):
+            discard(self._stream)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
