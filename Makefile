@@ -48,6 +48,9 @@ system:
 	echo "create_main_cluster = false" > /etc/postgresql-common/createcluster.d/helixflow.conf && \
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql-15; } || \
 	echo "tests on PostgreSQL 15 are skipped; install: postgresql-15"
+	@test -x /usr/bin/redis-server || { test -n "$(APT)" && apt-get update -qq && \
+	RUNLEVEL=1 apt-get install -y -qq --no-install-recommends redis-server; } || \
+	echo "tests on Redis are skipped; install: redis-server"
 
 lint: build-dev ## ruff, mypy --strict, the stub against the built module, clippy, formats
 	$(BIN)/ruff format --check $(SOURCES)

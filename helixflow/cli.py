@@ -11,13 +11,13 @@ from typing import Any
 
 from helixflow import __version__
 from helixflow.config import Config, load
-from helixflow.errors import ConfigError, HelixError
-from helixflow.options import StaticKey
+from helixflow.errors import HelixError
 from helixflow.process import die_with_starter, outlive_readers
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. Each leaf sets `run`, a function of the parsed arguments."""
+    import helixflow.admin.cli
     import helixflow.db.cli
     import helixflow.engine.cli
     import helixflow.pki.cli
@@ -26,10 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _service(commands, "serve", "run every service of this machine in the foreground", _serve)
     _service(commands, "gateway", "run the api-gateway alone", _gateway)
+    _service(commands, "auth", "run the auth-service alone", _auth)
     _service(commands, "pool", "run the inference-pool alone", _pool)
     helixflow.pki.cli.add_parser(commands)
     helixflow.engine.cli.add_parser(commands)
     helixflow.db.cli.add_parser(commands)
+    helixflow.admin.cli.add_parser(commands)
     _config(commands)
     version = commands.add_parser("version", help="print the version", description="Print the version.")
     version.add_argument("--json", action="store_true", help="as JSON, with the versions of the main parts")
@@ -57,7 +59,7 @@ def _service(commands: Any, name: str, text: str, run: Any) -> None:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.add_argument("--config", metavar="FILE", help="TOML file (default: HELIX_CONFIG)")
     parser.add_argument("--profile", choices=("production", "development"), help="overrides the configuration")
-    if name != "gateway":
+    if name in ("serve", "pool"):
         parser.add_argument(
             "--model", metavar="DIR", help="checkpoint to serve (default: HELIX_MODEL, or the demo model)"
         )
@@ -90,6 +92,15 @@ def _gateway(options: argparse.Namespace) -> int:
     return _run(options, "api-gateway", run)
 
 
+def _auth(options: argparse.Namespace) -> int:
+    def run(config: Config) -> int:
+        from helixflow.auth import service
+
+        return service.run(config)
+
+    return _run(options, "auth-service", run)
+
+
 def _pool(options: argparse.Namespace) -> int:
     def run(config: Config) -> int:
         from helixflow.pool import service
@@ -118,7 +129,7 @@ def _run(options: argparse.Namespace, name: str, service: Callable[[Config], int
 
 
 def _config(commands: Any) -> None:
-    text = "check the configuration, make a key"
+    text = "check the configuration, list its options"
     parser = commands.add_parser("config", help=text, description=text[0].upper() + text[1:] + ".")
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     check = actions.add_parser(
@@ -130,13 +141,6 @@ def _config(commands: Any) -> None:
     check.add_argument("--config", metavar="FILE", help="TOML file (default: HELIX_CONFIG)")
     check.add_argument("--json", action="store_true", help="as JSON")
     check.set_defaults(run=_check)
-    key = actions.add_parser(
-        "new-key",
-        help="make an API key: the key, and the line for the configuration that holds its hash",
-        description="Make an API key. The key is shown once; only its SHA-256 goes into the configuration.",
-    )
-    key.add_argument("name", help="who or what the key is for")
-    key.set_defaults(run=_new_key)
     options = actions.add_parser(
         "options", help="list every option with its default", description="List every option with its default."
     )
@@ -172,22 +176,6 @@ def _options(_options: argparse.Namespace) -> int:
                 name = f"{section}.{field.name}" if section else field.name
                 variable = field.metadata["env"] or "HELIX_" + name.replace(".", "_").upper()
                 print(f"{name} ({variable})\n    {field.metadata['doc']}")
-    return 0
-
-
-def _new_key(options: argparse.Namespace) -> int:
-    import hashlib
-    import secrets
-
-    key = "hf-" + secrets.token_urlsafe(32)
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    try:
-        StaticKey.parse({"name": options.name, "sha256": digest})
-    except ValueError as error:
-        raise ConfigError([str(error)]) from None
-    print(f"key     {key}")
-    print(f'config  [gateway]\n        keys = [{{name = "{options.name}", sha256 = "{digest}"}}]')
-    print(f"or      HELIX_GATEWAY_KEYS={options.name}:{digest}")
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from helixflow.errors import ConfigError, HelixError
-from helixflow.options import Address, Reader, StaticKey, between, one_of, option
+from helixflow.options import Address, Reader, between, one_of, option
 
 UNSET = Path()
 SYSTEM_STATE = Path("/var/lib/helixflow")
@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).resolve().parent
 DEVELOPMENT_KEY = "demo-key"
 DEVELOPMENT_ALIASES = ("gpt-4", "gpt-3.5-turbo")
 DEFAULT_POOLS = (Address("127.0.0.1", 8501),)
+DEFAULT_AUTH = (Address("127.0.0.1", 8502),)
 SERVICES = ("api-gateway", "auth-service", "inference-pool", "monitoring")
 
 
@@ -80,7 +81,20 @@ class GatewayConfig:
     pools: tuple[Address, ...] = option(
         DEFAULT_POOLS, "addresses of the inference pools; under `helixflow serve` by default that of its own pool"
     )
-    keys: tuple[StaticKey, ...] = option((), "API keys: name and SHA-256 of each", secret=True)
+    auth: tuple[Address, ...] = option(
+        DEFAULT_AUTH, "addresses of the auth-services; under `helixflow serve` by default that of its own"
+    )
+    accounts: bool = option(
+        True, "ask the auth-service for keys, limits and ledger; false: development profile only, knows only demo-key"
+    )
+    key_cache_s: float = option(60.0, "a verified key is asked for again after this time (seconds)", check=between(1, 3600))
+    key_negative_s: float = option(
+        5.0, "an unknown key is refused from memory this long (seconds)", check=between(0, 300)
+    )
+    key_grace_s: float = option(
+        86_400.0, "known keys go on this long without an auth-service (seconds)", check=between(0, 604_800)
+    )
+    key_cache_size: int = option(100_000, "credentials a worker remembers", check=between(100, 10_000_000))
     cors_origins: tuple[str, ...] = option((), "origins that browsers may call from; empty: CORS is off")
     max_body_bytes: int = option(4 * 1024 * 1024, "largest request body (bytes)", check=between(1024, 1 << 30))
     keepalive_s: float = option(15.0, "a silent stream gets a comment this often (seconds)", check=between(0.05, 3600))
@@ -156,6 +170,69 @@ class DatabaseConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AuthConfig:
+    """The auth-service: accounts, keys, tokens."""
+
+    listen: Address = option(Address("127.0.0.1", 8502), "address of the gRPC server")
+    pepper: Path = option(
+        Path(), "file of the secret behind key digests; empty: secrets/pepper under home, made at the first start"
+    )
+    owner: str = option("owner@localhost", "e-mail of the owner that the first start makes")
+    issuer: str = option("https://helixflow.local", "issuer of access tokens")
+    access_ttl_s: int = option(900, "an access token is valid this long (seconds)", check=between(30, 86_400))
+    refresh_ttl_s: int = option(
+        2_592_000, "a session ends when its refresh token was not used this long (seconds)", check=between(60, 31_536_000)
+    )
+    password_checks: int = option(2, "passwords hashed at a time; each costs 64 MiB", check=between(1, 64))
+    lockout_failures: int = option(10, "wrong passwords in a row that lock a user", check=between(1, 1000))
+    lockout_s: int = option(900, "how long a user stays locked (seconds)", check=between(1, 86_400))
+    drain_timeout_s: float = option(10.0, "calls may run this long after SIGTERM (seconds)", check=between(0, 3600))
+    oidc_issuer: str = option("", "URL of an OpenID Connect provider; empty: no login through one")
+    oidc_client_id: str = option("", "client id at the provider")
+    oidc_client_secret: str = option("", "client secret at the provider", secret=True)
+    oidc_ca: Path = option(Path(), "file of CA certificates for the provider; empty: the system's")
+    oidc_organisation: str = option("", "organisation that new users of the provider join; empty: none may join")
+    oidc_role: str = option("member", "role of users who join", check=one_of("viewer", "member", "admin"))
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """Rate limits and budgets."""
+
+    redis_url: str = option(
+        "", "redis://, rediss:// (TLS) or unix:// URL; empty: PostgreSQL counts", env="HELIX_REDIS_URL", secret=True
+    )
+    redis_ca: Path = option(Path(), "file of CA certificates for Redis; empty: the system's")
+    redis_timeout_ms: int = option(200, "time for one answer of Redis (milliseconds)", check=between(1, 60_000))
+    default_max_tokens: int = option(
+        1024, "completion tokens reserved for a request that names no maximum", check=between(1, 1 << 20)
+    )
+    currency: str = option("USD", "what prices and budgets are in; only shown")
+    lease_timeout_ms: int = option(
+        1000, "a gateway that got no answer by then counts by itself (milliseconds)", check=between(10, 60_000)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerConfig:
+    """The record of every request."""
+
+    spool: Path = option(Path(), "directory of the gateway's spool; empty: spool/ under home")
+    spool_max_bytes: int = option(
+        4 << 30, "most bytes a worker keeps until they are in the database", check=between(1 << 20, 1 << 44)
+    )
+    when_full: str = option(
+        "refuse",
+        "a full spool refuses requests, or serves them unrecorded (and says so in the log)",
+        check=one_of("refuse", "serve"),
+    )
+    fsync_ms: int = option(10, "records are on the disk after this time (milliseconds)", check=between(1, 10_000))
+    ship_ms: int = option(200, "records are sent to the database this often (milliseconds)", check=between(1, 60_000))
+    batch_rows: int = option(1000, "most rows of one transaction", check=between(1, 10_000))
+    keep_months: int = option(0, "months of rows that are kept; 0: all", check=between(0, 1200))
+
+
+@dataclass(frozen=True, slots=True)
 class SuperviseConfig:
     """How `helixflow serve` keeps its services up."""
 
@@ -179,6 +256,9 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
+    auth: AuthConfig = field(default_factory=AuthConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
 
@@ -192,6 +272,9 @@ SECTIONS: dict[str, type[Any]] = {
     "log": LogConfig,
     "gateway": GatewayConfig,
     "pool": PoolConfig,
+    "auth": AuthConfig,
+    "limits": LimitsConfig,
+    "ledger": LedgerConfig,
     "database": DatabaseConfig,
     "supervise": SuperviseConfig,
 }
@@ -239,7 +322,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _cross_check(config: Config) -> list[str]:
     """Rules over several values: what is open to whom."""
     problems = []
-    for name, address in (("gateway.listen", config.gateway.listen), ("pool.listen", config.pool.listen)):
+    for name, address in (
+        ("gateway.listen", config.gateway.listen),
+        ("pool.listen", config.pool.listen),
+        ("auth.listen", config.auth.listen),
+    ):
         if config.development and not address.loopback:
             problems.append(
                 f"{name}: {address} is not a loopback address, and the development profile knows a public key; "
@@ -249,15 +336,14 @@ def _cross_check(config: Config) -> list[str]:
         problems.append(
             "gateway.plain_http: HTTP without TLS exists only in the development profile on a loopback address"
         )
-    if not config.gateway.pools:
-        problems.append("gateway.pools: at least one address is needed")
+    for name in ("pools", "auth"):
+        if not getattr(config.gateway, name):
+            problems.append(f"gateway.{name}: at least one address is needed")
+    if not config.gateway.accounts and not config.development:
+        problems.append("gateway.accounts: keys, limits and ledger can be off in the development profile only")
     problems += _database_problems(config.database)
     if config.supervise.backoff_min_s > config.supervise.backoff_max_s:
         problems.append("supervise.backoff_min_s: must not be larger than supervise.backoff_max_s")
-    names = [key.name for key in config.gateway.keys]
-    problems += [
-        f"gateway.keys: the name {name!r} stands twice" for name in sorted({n for n in names if names.count(n) > 1})
-    ]
     return problems
 
 
@@ -297,8 +383,14 @@ def _resolve(config: Config, environ: Mapping[str, str]) -> Config:
         certs=config.certs if config.certs != UNSET else default_certs_dir(environ),
         engines=config.engines if config.engines != UNSET else default_engines_dir(environ),
         pool=pool,
+        auth=_placed(config.auth, "pepper", home / "secrets" / "pepper"),
+        ledger=_placed(config.ledger, "spool", home / "spool"),
         database=_database(config, home),
     )
+
+
+def _placed(section: Any, name: str, default: Path) -> Any:
+    return section if getattr(section, name) != UNSET else dataclasses.replace(section, **{name: default})
 
 
 def _database(config: Config, home: Path) -> DatabaseConfig:
@@ -323,9 +415,7 @@ def describe(config: Config) -> dict[str, Any]:
         for entry in dataclasses.fields(section):
             value = getattr(section, entry.name)
             if entry.metadata.get("secret"):
-                out[entry.name] = (
-                    "***" * bool(value) if isinstance(value, str) else [f"{key.name}:***" for key in value]
-                )
+                out[entry.name] = "***" if value else ""
             else:
                 out[entry.name] = (
                     table(value) if dataclasses.is_dataclass(value) and entry.name in SECTIONS else plain(value)

@@ -33,18 +33,26 @@ class InvalidRequest(CoreError): ...
 class UnsupportedParameter(CoreError): ...
 class ContextLengthExceeded(CoreError): ...
 class InvalidApiKey(CoreError): ...
+class InvalidToken(CoreError): ...
+class InvalidCredentials(CoreError): ...
 class PermissionDenied(CoreError): ...
+class PasswordChangeRequired(CoreError): ...
 class ModelNotFound(CoreError): ...
 class NotFound(CoreError): ...
+class Conflict(CoreError): ...
 class MethodNotAllowed(CoreError): ...
 class PayloadTooLarge(CoreError): ...
 class UnsupportedMediaType(CoreError): ...
 class QueueFull(CoreError): ...
+class RateLimitExceeded(CoreError): ...
+class InsufficientQuota(CoreError): ...
+class AccountLocked(CoreError): ...
 class DeadlineExceeded(CoreError): ...
 class Cancelled(CoreError): ...
 class EngineFailed(CoreError): ...
 class Unavailable(CoreError): ...
 class Draining(CoreError): ...
+class LedgerFull(CoreError): ...
 class Internal(CoreError): ...
 class ModelFileError(CoreError): ...
 class TlsError(CoreError): ...
@@ -120,7 +128,12 @@ class GenerateRequest:
 
 @final
 class Usage:
-    """Final counts of a call (tokens) and its times (microseconds since arrival at the pool)."""
+    """Counts of a call (tokens) and its times (microseconds).
+
+    From the pool, times since the arrival there, when the call reached its regular end or the pool says how far it came.
+    Otherwise what has arrived here: `cached_tokens` and `queue_us` are 0, times are since the call was started, and
+    `first_token_us` is 0 when no token came.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -141,7 +154,10 @@ class Call:
     """The pool has queued the request. A failure from here on may still come before the first bytes: see `take`."""
     done: bool
     """Everything has been produced; `take()` may still hold the last bytes."""
+    prompt_tokens: int | None
+    """Of all prompts together, known once accepted."""
     usage: Usage | None
+    """Once done, however it ended; None for a call that was never accepted."""
     finish_reason: str | None
     """`stop`, `length`, `cancelled` or `error` (the first choice's), once done."""
     error_code: str | None
@@ -207,14 +223,30 @@ class PoolClient:
         """Ids of the calls that changed since the last `ready()`; resets the eventfd.
 
         A streaming call changes when it is accepted, when bytes are rendered and when it is done; any other call
-        when it is done.
+        when it is done, and when it is accepted if that was asked for.
         """
     def chat(
-        self, request: GenerateRequest, *, completion_id: str, created: int, stream: bool, include_usage: bool = False
-    ) -> Call: ...
+        self,
+        request: GenerateRequest,
+        *,
+        completion_id: str,
+        created: int,
+        stream: bool,
+        include_usage: bool = False,
+        wake_accepted: bool = False,
+    ) -> Call:
+        """Starts a chat completion. `wake_accepted`: a call without `stream` is ready when it is accepted, too."""
     def complete(
-        self, request: GenerateRequest, *, completion_id: str, created: int, stream: bool, include_usage: bool = False
-    ) -> Call: ...
+        self,
+        request: GenerateRequest,
+        *,
+        completion_id: str,
+        created: int,
+        stream: bool,
+        include_usage: bool = False,
+        wake_accepted: bool = False,
+    ) -> Call:
+        """Starts a text completion, as `chat`."""
     def tokenize(self, model: str, prompt: Prompt, *, request_id: str, add_special_tokens: bool = True) -> Call: ...
     def detokenize(self, model: str, ids: list[int], *, request_id: str) -> Call: ...
     def models(self) -> list[ModelInfo]:
@@ -223,6 +255,131 @@ class PoolClient:
         """What is known of every pool now, in the order of the addresses."""
     def reload_tls(self) -> None:
         """Verifies the files and swaps them in; new connections replace the old ones without cutting a call.
+
+        Raises TlsError and keeps the old files otherwise.
+        """
+    def close(self) -> None:
+        """Ends the threads; calls under way end as Unavailable. May be called twice."""
+
+# --- services that are written in Python ---------------------------------------
+
+def descriptors() -> bytes:
+    """The protos as an encoded `google.protobuf.FileDescriptorSet`, imports first."""
+
+@final
+class RpcIncoming:
+    """One call to a service. Dropped without an end, it fails as Internal."""
+
+    id: int
+    method: str
+    """For example `AuthService/Verify`."""
+    message: bytes
+    """The encoded request, copied at each access."""
+    service: str | None
+    """Whose client certificate the caller showed; None over plain TCP."""
+    address: str
+    """`host:port` that the connection comes from."""
+    request_id: str
+    """The header `x-request-id`, or empty."""
+    cancelled: bool
+    """Nobody waits for the answer any more."""
+    def send(self, message: bytes) -> bool:
+        """Queues one message. False, and not queued, when 1024 messages or 4 MiB wait already, or the call is over.
+
+        In the first case `RpcServer.changed()` tells when there is room again.
+        """
+    def finish(self, message: bytes | None = None) -> None:
+        """Ends the answer, behind `message` if given. What follows an end is ignored."""
+    def fail(self, code: str, message: str, param: str | None = None, retry_after_s: int | None = None) -> None:
+        """Ends the answer with an error. `code`: of the error table; ValueError otherwise.
+
+        `draining` says that nothing was done: the client tries another server.
+        """
+
+@final
+class RpcServer:
+    """A gRPC server whose methods are handled in Python. Owns a tokio runtime; serves once."""
+
+    def __new__(cls, services: list[str], *, max_calls: int = 8192) -> RpcServer:
+        """`services`: names as in the protos (`AuthService`); InvalidRequest for one that they have not.
+
+        While `max_calls` calls are open, more are refused as Unavailable.
+        """
+    def serve(self, listen: str, tls: TlsFiles | None, allow: list[str], threads: int = 1) -> str:
+        """Starts the server (the services, health, reflection); returns the bound `host:port`.
+
+        `allow`: services whose client certificates may connect. Without `tls` only a loopback address is served. The
+        certificate files are watched. Health says "not serving" until `set_serving`. Requests are at most 16 MiB.
+        Raises TlsError, InvalidRequest (not an address) or Unavailable (cannot be bound).
+        """
+    def fileno(self) -> int:
+        """An eventfd that is readable while there are calls or changes: give it to `loop.add_reader`."""
+    def calls(self) -> list[RpcIncoming]:
+        """New calls since the last `calls()`; resets the eventfd."""
+    def changed(self) -> list[int]:
+        """Ids of earlier calls that were cancelled or have room again, as of the last `calls()`."""
+    def set_serving(self, serving: bool) -> None:
+        """What the health service answers."""
+    def reload_tls(self) -> None:
+        """Verifies the certificate files and swaps them in. Raises TlsError and keeps the old ones otherwise."""
+    def stop(self, grace_ms: int) -> None:
+        """Takes no new connection, lets calls end within this time, then cuts them. Blocks; releases the GIL."""
+
+@final
+class RpcCall:
+    """A call under way. Dropping it, or `cancel()`, cancels it at the server."""
+
+    id: int
+    done: bool
+    """Everything has come; `take()` may still hold the last messages."""
+    def take(self) -> list[bytes]:
+        """Messages since the last `take()`; raises the call's CoreError when it failed and none is left.
+
+        While 1 MiB is not taken, the server is held back.
+        """
+    def cancel(self) -> None:
+        """Ends the call at the server; it is done at once, as Cancelled."""
+
+@final
+class RpcClient:
+    """Calls to one of several equal servers over one connection: the first that works, then the next.
+
+    Owns a tokio runtime. Create it inside the process that uses it, never before a fork.
+    """
+
+    server: str | None
+    """Address that calls go to now; None while nothing is connected."""
+    last_error: str | None
+    """Why the last connection was lost or not made; None once there is one again."""
+    def __new__(
+        cls,
+        addresses: list[str],
+        tls: TlsFiles | None,
+        *,
+        expect_service: str,
+        connect_timeout_ms: int = 2000,
+        threads: int = 1,
+    ) -> RpcClient:
+        """Connects in the background and looks at the certificate files every second.
+
+        `tls` None: plain TCP, which only reaches loopback addresses. `expect_service`: whose certificate a server
+        must show. Raises InvalidRequest for a bad address and TlsError for bad files.
+        """
+    def fileno(self) -> int:
+        """An eventfd that is readable while calls are ready: give it to `loop.add_reader`."""
+    def ready(self) -> list[int]:
+        """Ids of the calls that changed since the last `ready()`; resets the eventfd.
+
+        A stream changes with every message and at its end, any other call when it is done.
+        """
+    def call(self, path: str, message: bytes, *, request_id: str, timeout_ms: int) -> RpcCall:
+        """Starts a call of a method (`/helixflow.v1.AuthService/Verify`). `timeout_ms` 0: no limit.
+
+        It waits for a connection up to its time or 1 s, then it is Unavailable. It moves to another connection only
+        while the server has not begun with it. Raises InvalidRequest for an unknown method and Unavailable once closed.
+        """
+    def reload_tls(self) -> None:
+        """Verifies the files and swaps them in; a new connection replaces the old one without cutting a call.
 
         Raises TlsError and keeps the old files otherwise.
         """

@@ -15,7 +15,6 @@ T = TypeVar("T")
 
 _PORT = re.compile(r"[0-9]{1,5}")
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
-_KEY_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -67,31 +66,6 @@ class Address:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class StaticKey:
-    """An API key of the configuration: its name and the SHA-256 of the key, never the key."""
-
-    name: str
-    sha256: str
-
-    @classmethod
-    def parse(cls, value: object) -> "StaticKey":
-        """Reads `{name, sha256}` or `name:sha256`. Raises ValueError."""
-        if isinstance(value, str):
-            name, _, digest = value.partition(":")
-        elif isinstance(value, Mapping) and set(value) == {"name", "sha256"}:
-            name, digest = str(value["name"]), str(value["sha256"])
-        else:
-            raise ValueError("a key is {name = ..., sha256 = ...}; make one with `helixflow config new-key NAME`")
-        if not _KEY_NAME.fullmatch(name):
-            raise ValueError(f"key {name!r}: a name has 1 to 64 letters, digits and . _ @ -")
-        if len(digest) != 64 or any(c not in "0123456789abcdef" for c in digest):
-            raise ValueError(
-                f"key {name!r}: sha256 must be 64 lower-case hex digits; make one with `helixflow config new-key NAME`"
-            )
-        return cls(name, digest)
 
 
 Check = Callable[[Any], str | None]
@@ -147,8 +121,6 @@ def _convert(kind: Any, value: object) -> Any:
         return Path(str(value)).expanduser()
     if kind is Address:
         return Address.parse(str(value))
-    if kind is StaticKey:
-        return StaticKey.parse(value)
     if typing.get_origin(kind) is tuple:
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]

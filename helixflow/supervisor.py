@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 
 from helixflow import log
-from helixflow.config import DEFAULT_POOLS, DEVELOPMENT_KEY, Config, model_of
+from helixflow.config import DEFAULT_AUTH, DEFAULT_POOLS, DEVELOPMENT_KEY, Config, model_of
+from helixflow.db.embedded import STOP_TIMEOUT_S
 from helixflow.errors import EX_UNAVAILABLE, EX_USAGE, StartError
 from helixflow.options import Address
 from helixflow.process import PARENT_PID, has_terminal
@@ -78,14 +79,20 @@ class Supervisor:
         self._config = config
         self._say = say
         environ = dict(os.environ)
+        self._database = Service("database", "db run", environ, config.supervise)
+        self._auth = Service("auth-service", "auth", environ, config.supervise)
         self._pool = Service("inference-pool", "pool", {**LARGE_PAGES, **environ}, config.supervise)
         self._gateway = Service("api-gateway", "gateway", environ, config.supervise)
+        accounts = [self._auth] if config.gateway.accounts else []
+        embedded = [self._database] if accounts and not config.database.url else []
+        self._services = [*embedded, *accounts, self._pool, self._gateway]
+        """In the order in which they start; they stop in the opposite one."""
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         # Under nohup it stays when the terminal goes.
         self._ends_with_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()
 
     async def run(self) -> int:
-        """Prepares, starts pool, then gateway; watches both; stops them in the opposite order."""
+        """Prepares, starts every service in order, watches them, stops them in the opposite order."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._signals.put_nowait, number)
@@ -106,6 +113,24 @@ class Supervisor:
 
     async def _start(self) -> None:
         await prepare(self._config, self._say)
+        if self._database in self._services:
+            await self._database.start()
+        if self._auth in self._services:
+            await self._start_auth()
+        await self._start_pool()
+        address = Address.parse(await self._gateway.start())
+        if self._config.gateway.listen.port == 0:
+            self._gateway.environ["HELIX_GATEWAY_LISTEN"] = str(address)
+
+    async def _start_auth(self) -> None:
+        listen = self._config.auth.listen
+        address = Address.parse(await self._auth.start())
+        if listen.port == 0:
+            self._auth.environ["HELIX_AUTH_LISTEN"] = str(address)
+        if listen.port == 0 or self._config.gateway.auth == DEFAULT_AUTH:
+            self._gateway.environ["HELIX_GATEWAY_AUTH"] = str(address.from_here)
+
+    async def _start_pool(self) -> None:
         pool = self._config.pool.listen
         address = Address.parse(await self._pool.start())
         if pool.port == 0:
@@ -113,12 +138,9 @@ class Supervisor:
             self._pool.environ["HELIX_POOL_LISTEN"] = str(address)
         if pool.port == 0 or self._config.gateway.pools == DEFAULT_POOLS:
             self._gateway.environ["HELIX_GATEWAY_POOLS"] = str(address.from_here)
-        address = Address.parse(await self._gateway.start())
-        if self._config.gateway.listen.port == 0:
-            self._gateway.environ["HELIX_GATEWAY_LISTEN"] = str(address)
 
     async def _watch(self, stop: asyncio.Task[None]) -> int:
-        keepers = {asyncio.create_task(service.keep()) for service in (self._pool, self._gateway)}
+        keepers = {asyncio.create_task(service.keep()) for service in self._services}
         await asyncio.wait({stop, *keepers}, return_when=asyncio.FIRST_COMPLETED)
         ended = [task.result() for task in keepers if task.done()]
         for task in keepers:
@@ -131,13 +153,19 @@ class Supervisor:
             if self._ends_with_terminal and not has_terminal():
                 logger.info("the terminal was closed")
                 return
-            for service in (self._pool, self._gateway):
+            for service in self._services:
                 service.reload()
 
     async def _stop(self) -> None:
         cut = asyncio.create_task(self._cut_on_second_signal())
-        await self._gateway.stop(self._config.gateway.drain_timeout_s + STOP_MARGIN_S)
-        await self._pool.stop(self._config.pool.drain_timeout_s + STOP_MARGIN_S)
+        drain_s = {
+            self._gateway: self._config.gateway.drain_timeout_s,
+            self._pool: self._config.pool.drain_timeout_s,
+            self._auth: self._config.auth.drain_timeout_s,
+            self._database: STOP_TIMEOUT_S,
+        }
+        for service in reversed(self._services):
+            await service.stop(drain_s[service] + STOP_MARGIN_S)
         cut.cancel()
         self._say("stopped")
 
@@ -150,9 +178,7 @@ class Supervisor:
     def _key_line(self) -> str:
         if self._config.development:
             return f"{DEVELOPMENT_KEY}  (this profile only)"
-        if not self._config.gateway.keys:
-            return "none is configured: make one with `helixflow config new-key NAME`"
-        return "one of " + ", ".join(key.name for key in self._config.gateway.keys)
+        return "make one with `helixflow key add NAME`"
 
     def _banner(self) -> str:
         config = self._config

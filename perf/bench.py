@@ -9,6 +9,7 @@ PARTS = (
     ("perf.bench_gateway",),
     ("perf.bench_engine", "--out", str(RESULTS / "engine.md")),
     ("perf.bench_latency",),
+    ("perf.bench_accounts",),
 )
 
 

@@ -15,6 +15,8 @@ STREAMS = 200
 STREAM_TOKENS = 400
 PACED_MS = 3.5
 """57,000 tokens/s offered to 200 streams, were the steps free of any other cost (milliseconds)."""
+WITHOUT_ACCOUNTS = {"HELIX_GATEWAY_ACCOUNTS": "false"}
+"""`perf.bench_accounts` measures what issued keys, limits and ledger add."""
 
 
 def chat(max_tokens: int, **options: Any) -> str:
@@ -33,7 +35,12 @@ def common(running: lab.Running, seconds: float) -> list[str]:
 
 def requests(seconds: float) -> str:
     """Requests/s of the gateway path and of the echo, in turn."""
-    options = {"HELIX_POOL_ENGINE": "scripted", "HELIX_POOL_SLOTS": "64", "HELIX_POOL_MAX_LEN": "4096"}
+    options = {
+        "HELIX_POOL_ENGINE": "scripted",
+        "HELIX_POOL_SLOTS": "64",
+        "HELIX_POOL_MAX_LEN": "4096",
+        **WITHOUT_ACCOUNTS,
+    }
     rows = []
     with lab.helixflow(options) as running, lab.echo(running.ca) as echo:
         path = "/v1/chat/completions"
@@ -66,6 +73,7 @@ def streams(seconds: float, step_ms: float) -> str:
         "HELIX_POOL_SLOTS": str(STREAMS),
         "HELIX_POOL_MAX_LEN": "4096",
         "HELIX_POOL_SCRIPT_STEP_MS": str(step_ms),
+        **WITHOUT_ACCOUNTS,
     }
     reports = []
     with lab.helixflow(options) as running:
@@ -95,7 +103,7 @@ def main() -> None:
 {lab.machine()}
 - method: `perf/bench_gateway.py`, release build, one gateway worker, TLS 1.3 and key check on; {ROUNDS} rounds of
   {options.seconds:g} s, the two sides in turn; median (range); the ratio is the median of the rounds' ratios.
-  Client, gateway and pool share the cores. Request log on, as by default.
+  Client, gateway and pool share the cores. Request log on; issued keys, limits and ledger off: see `accounts.md`.
 
 ## Requests, 32 connections, not streamed
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,16 +56,23 @@ class Running:
     url: str
     ca: Path
     pid: int
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """What a `helixflow` command needs to reach it."""
 
 
 @contextlib.contextmanager
 def helixflow(options: Mapping[str, str], key_type: str = "ecdsa-p256") -> Iterator[Running]:
     """`helixflow serve` in the development profile with `options` as its environment; stopped at the end."""
-    port = free_port()
+    port, auth_port = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="helix-bench-") as folder:
+        # The embedded PostgreSQL runs under an account of its own.
+        Path(folder).chmod(0o711)
         environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("HELIX_")},
             "HELIX_PROFILE": "development",
+            "HELIX_HOME": f"{folder}/home",
+            "HELIX_DATABASE_DIRECTORY": f"{folder}/postgres",
+            "HELIX_AUTH_LISTEN": f"127.0.0.1:{auth_port}",
             "HELIX_CERTS": f"{folder}/certs",
             "HELIX_GATEWAY_LISTEN": f"127.0.0.1:{port}",
             "HELIX_POOL_LISTEN": "127.0.0.1:0",
@@ -93,7 +100,8 @@ def helixflow(options: Mapping[str, str], key_type: str = "ecdsa-p256") -> Itera
                     break
             else:
                 raise RuntimeError("helixflow serve ended before it was ready")
-            yield Running(f"https://localhost:{port}", Path(folder) / "certs" / "helixflow-ca.pem", process.pid)
+            ca = Path(folder) / "certs" / "helixflow-ca.pem"
+            yield Running(f"https://localhost:{port}", ca, process.pid, environ)
         finally:
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=90)

@@ -25,7 +25,8 @@ def write(folder: Path, text: str) -> Path:
 def test_defaults_are_closed() -> None:
     loaded = config.load(None, {})
     assert loaded.profile == "production"
-    assert loaded.gateway.keys == ()
+    assert loaded.gateway.accounts
+    assert loaded.auth.listen.loopback
     assert loaded.gateway.listen.loopback
     assert loaded.gateway.cors_origins == ()
     assert not loaded.gateway.plain_http
@@ -44,15 +45,11 @@ def test_file_named_by_the_environment(tmp_path: Path) -> None:
     assert config.load(None, {"HELIX_CONFIG": str(path)}).gateway.workers == 2
 
 
-def test_lists_and_keys(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, f'[gateway]\nkeys = [{{name = "a", sha256 = "{"0" * 64}"}}]\npools = ["127.0.0.1:1", "[::1]:2"]\n'
-    )
+def test_lists(tmp_path: Path) -> None:
+    path = write(tmp_path, '[gateway]\npools = ["127.0.0.1:1", "[::1]:2"]\n')
     loaded = config.load(path, {})
-    assert loaded.gateway.keys[0].name == "a"
     assert loaded.gateway.pools == (Address("127.0.0.1", 1), Address("::1", 2))
-    loaded = config.load(path, {"HELIX_GATEWAY_KEYS": KEY, "HELIX_GATEWAY_POOLS": "10.0.0.1:7, 10.0.0.2:7"})
-    assert [key.name for key in loaded.gateway.keys] == ["ci"]
+    loaded = config.load(path, {"HELIX_GATEWAY_POOLS": "10.0.0.1:7, 10.0.0.2:7"})
     assert len(loaded.gateway.pools) == 2
 
 
@@ -114,9 +111,22 @@ def test_development_profile_names_the_demo_model() -> None:
     assert (other.pool.model_id, other.pool.aliases) == ("llama-8b", ())
 
 
-def test_key_names_are_unique() -> None:
-    with pytest.raises(ConfigError, match="'ci' stands twice"):
-        config.load(None, {"HELIX_GATEWAY_KEYS": f"{KEY},{KEY}"})
+def test_accounts_cannot_be_off_in_production() -> None:
+    with pytest.raises(ConfigError, match=r"gateway\.accounts: .* development profile only"):
+        config.load(None, {"HELIX_GATEWAY_ACCOUNTS": "false"})
+    loaded = config.load(None, {"HELIX_GATEWAY_ACCOUNTS": "false", "HELIX_PROFILE": "development"})
+    assert not loaded.gateway.accounts
+
+
+def test_redis_has_a_short_name() -> None:
+    assert config.load(None, {"HELIX_REDIS_URL": "redis://localhost"}).limits.redis_url == "redis://localhost"
+
+
+def test_secrets_and_spool_live_under_home(tmp_path: Path) -> None:
+    loaded = config.load(None, {"HELIX_HOME": str(tmp_path)})
+    assert loaded.auth.pepper == tmp_path / "secrets" / "pepper"
+    assert loaded.ledger.spool == tmp_path / "spool"
+    assert config.load(None, {"HELIX_LEDGER_SPOOL": "/spool"}).ledger.spool == Path("/spool")
 
 
 def test_every_option_is_documented() -> None:
@@ -127,16 +137,17 @@ def test_every_option_is_documented() -> None:
                 assert len(field.metadata["doc"]) > 10, field.name
 
 
-def test_check_prints_the_effective_values_and_masks_keys(
+def test_check_prints_the_effective_values_and_masks_secrets(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HELIX_GATEWAY_KEYS", KEY)
+    monkeypatch.setenv("HELIX_REDIS_URL", "redis://:abab@localhost")
     assert cli.main(["config", "check", "--json"]) == 0
     out = capsys.readouterr().out
-    assert json.loads(out)["gateway"]["keys"] == ["ci:***"]
+    assert json.loads(out)["limits"]["redis_url"] == "***"
+    assert json.loads(out)["database"]["url"] == ""
     assert "abab" not in out
     assert cli.main(["config", "check"]) == 0
-    assert 'keys = ["ci:***"]' in capsys.readouterr().out
+    assert 'redis_url = "***"' in capsys.readouterr().out
 
 
 def test_wrong_configuration_exits_64(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,28 +156,29 @@ def test_wrong_configuration_exits_64(capsys: pytest.CaptureFixture[str], monkey
     assert "'many' is not a whole number" in capsys.readouterr().err
 
 
-def test_new_key_is_accepted_by_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["config", "new-key", "laptop"]) == 0
-    out = capsys.readouterr().out
-    variable = next(line for line in out.splitlines() if "HELIX_GATEWAY_KEYS=" in line)
-    loaded = config.load(None, {"HELIX_GATEWAY_KEYS": variable.split("=", 1)[1]})
-    assert loaded.gateway.keys[0].name == "laptop"
-
-
 @pytest.mark.parametrize(
     "command",
     [
         [],
         ["serve"],
         ["gateway"],
+        ["auth"],
         ["pool"],
+        ["user"],
+        ["user", "add"],
+        ["organisation"],
+        ["key"],
+        ["key", "add"],
+        ["limits"],
+        ["price"],
+        ["usage"],
+        ["audit"],
         ["pki"],
         ["pki", "init"],
         ["engine"],
         ["engine", "build"],
         ["config"],
         ["config", "check"],
-        ["config", "new-key"],
         ["config", "options"],
         ["version"],
     ],
@@ -207,14 +219,6 @@ def test_what_only_looks_like_a_loopback_address_is_none(listen: str) -> None:
 def test_what_no_socket_can_take_is_no_address(listen: str) -> None:
     with pytest.raises(ConfigError, match="is not an address"):
         config.load(environ={"HELIX_POOL_LISTEN": listen})
-
-
-@pytest.mark.parametrize("name", ['a"b', "a:b", "a,b", "", "a b"])
-def test_names_of_keys_survive_file_and_environment(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["config", "new-key", name]) == 64
-    shown = capsys.readouterr()
-    assert "letters, digits" in shown.err
-    assert not shown.out
 
 
 def test_a_model_must_be_there_where_it_is_served(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 //! One running call: the task fills it, Python empties it.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use helix_wire::error::{Code, CoreError};
 use helix_wire::v1;
@@ -11,20 +11,19 @@ use pyo3::types::PyBytes;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
-use crate::client::Ready;
 use crate::client::info::Usage;
 use crate::errors::to_py;
+use crate::ready::{Ready, Ticket};
 
 /// What the task and Python share. The lock is held for moves and copies of bytes only.
 pub(crate) struct Shared {
-    pub(crate) id: u64,
-    /// On the list of ready calls.
-    pub(crate) listed: AtomicBool,
-    ready: Arc<Ready>,
+    ticket: Ticket,
+    ready: Arc<Ready<Arc<Shared>>>,
     state: Mutex<State>,
     drained: Notify,
     /// Unread bytes at which the task stops reading from the pool.
     limit: usize,
+    started: Instant,
 }
 
 #[derive(Default)]
@@ -35,7 +34,32 @@ struct State {
     /// The task waits until the buffer is taken.
     stalled: bool,
     pool: Option<Arc<str>>,
+    progress: Progress,
     finish: Finish,
+}
+
+/// What has arrived of a call; all that is known of one that does not reach its usage frame.
+#[derive(Clone, Copy, Default)]
+struct Progress {
+    /// Of all inputs together, once accepted.
+    prompt_tokens: Option<u32>,
+    completion_tokens: u32,
+    first_token: Option<Duration>,
+    total: Duration,
+}
+
+impl Progress {
+    fn usage(self) -> Option<v1::Usage> {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Some(v1::Usage {
+            prompt_tokens: self.prompt_tokens?,
+            cached_tokens: 0,
+            completion_tokens: self.completion_tokens,
+            queue_us: 0,
+            first_token_us: self.first_token.map_or(0, micros),
+            total_us: micros(self.total),
+        })
+    }
 }
 
 /// How a call ended.
@@ -76,15 +100,21 @@ impl Finish {
     }
 }
 
+impl AsRef<Ticket> for Shared {
+    fn as_ref(&self) -> &Ticket {
+        &self.ticket
+    }
+}
+
 impl Shared {
-    pub(crate) fn new(id: u64, ready: Arc<Ready>, limit: usize) -> Arc<Self> {
+    pub(crate) fn new(ticket: Ticket, ready: Arc<Ready<Arc<Self>>>, limit: usize) -> Arc<Self> {
         Arc::new(Self {
-            id,
-            listed: AtomicBool::new(false),
+            ticket,
             ready,
             state: Mutex::default(),
             drained: Notify::new(),
             limit,
+            started: Instant::now(),
         })
     }
 
@@ -95,6 +125,7 @@ impl Shared {
             return false;
         }
         state.done = true;
+        state.progress.total = self.started.elapsed();
         state.finish = finish;
         append(&mut state.buffer, out);
         true
@@ -118,13 +149,27 @@ impl Running {
     }
 
     /// The pool has taken the call. `wake`: tell Python at once.
-    pub(crate) fn accepted(&self, pool: Option<Arc<str>>, wake: bool) {
+    pub(crate) fn accepted(&self, pool: Option<Arc<str>>, accepted: &v1::Accepted, wake: bool) {
+        let counts = accepted.prompt_tokens.iter();
+        let prompt_tokens = counts.fold(0, |sum: u32, count| sum.saturating_add(*count));
         let mut state = self.0.state.lock();
         state.accepted = true;
+        state.progress.prompt_tokens = Some(prompt_tokens);
         state.pool = pool;
         drop(state);
         if wake {
             self.0.ready.mark(&self.0);
+        }
+    }
+
+    /// Counts generated tokens that have arrived.
+    pub(crate) fn generated(&self, tokens: u32) {
+        if tokens > 0 {
+            let mut state = self.0.state.lock();
+            let first = || self.0.started.elapsed();
+            state.progress.first_token.get_or_insert_with(first);
+            let counted = &mut state.progress.completion_tokens;
+            *counted = counted.saturating_add(tokens);
         }
     }
 
@@ -211,7 +256,7 @@ impl Call {
 impl Call {
     #[getter]
     fn id(&self) -> u64 {
-        self.shared.id
+        self.shared.ticket.id
     }
 
     #[getter]
@@ -226,7 +271,14 @@ impl Call {
 
     #[getter]
     fn usage(&self) -> Option<Usage> {
-        self.shared.state.lock().finish.usage.map(Usage::from)
+        let state = self.shared.state.lock();
+        let arrived = || state.done.then(|| state.progress.usage()).flatten();
+        state.finish.usage.or_else(arrived).map(Usage::from)
+    }
+
+    #[getter]
+    fn prompt_tokens(&self) -> Option<u32> {
+        self.shared.state.lock().progress.prompt_tokens
     }
 
     #[getter]

@@ -2,98 +2,55 @@
 
 mod drive;
 pub(crate) mod info;
-mod ready;
 pub(crate) mod request;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use helix_text::openai::{Head, Kind, Options as Shape, Renderer};
-use helix_tls::ClientTls;
-use helix_wire::client::{Options, PoolSet, Transport};
-use helix_wire::error::{Code, CoreError};
+use helix_wire::client::{Options, PoolSet};
+use helix_wire::error::CoreError;
 use helix_wire::v1;
-use parking_lot::Mutex;
 use pyo3::prelude::*;
-use tokio::runtime::{Handle, Runtime};
 
+use crate::call;
 use crate::call::{Call, Shared};
 use crate::errors::to_py;
-use crate::tls::{TlsFiles, refused};
-use crate::{call, runtime};
+use crate::outgoing::{Outgoing, Settings};
+use crate::tls::TlsFiles;
 use info::{ModelInfo, PoolInfo};
-pub(crate) use ready::Ready;
 use request::{GenerateRequest, Prompt};
-
-/// How often the certificate files are looked at.
-const TLS_WATCH: Duration = Duration::from_secs(1);
 
 /// Calls to a set of inference pools: least outstanding work first, failing ones ejected.
 #[pyclass(frozen, module = "helixflow.core_rs")]
 pub(crate) struct PoolClient {
     set: PoolSet,
-    tls: Option<Arc<ClientTls>>,
-    ready: Arc<Ready>,
-    handle: Handle,
-    runtime: Mutex<Option<Runtime>>,
-    next_id: AtomicU64,
-    stream_buffer: usize,
-}
-
-struct Settings {
-    addresses: Vec<String>,
-    tls: Option<helix_tls::Files>,
-    expect_service: String,
-    connect_timeout: Duration,
-    threads: usize,
+    outgoing: Outgoing<Shared>,
     stream_buffer: usize,
 }
 
 impl PoolClient {
-    fn start(settings: Settings) -> Result<Self, CoreError> {
-        let tls = settings
-            .tls
-            .map(|files| ClientTls::load(files, settings.expect_service).map(Arc::new))
-            .transpose()
-            .map_err(|error| refused(&error))?;
-        let runtime = runtime::build("helix-client", settings.threads)?;
-        let ready = Arc::new(Ready::new()?);
-        let transport = tls
-            .as_ref()
-            .map_or(Transport::Plain, |tls| Transport::Tls(Arc::clone(tls)));
+    fn start(settings: &Settings, stream_buffer: usize) -> Result<Self, CoreError> {
+        let outgoing = Outgoing::start("helix-client", settings)?;
         let options = Options {
             connect_timeout: settings.connect_timeout,
             ..Options::default()
         };
-        let inside = runtime.enter();
-        let set = PoolSet::start(&settings.addresses, &transport, &options)?;
-        if let Some(tls) = &tls {
-            tls.watch(TLS_WATCH);
-        }
-        runtime.spawn(ready::flush(Arc::clone(&ready)));
+        let inside = outgoing.enter();
+        let set = PoolSet::start(&settings.addresses, &outgoing.transport(), &options)?;
         drop(inside);
         Ok(Self {
             set,
-            tls,
-            ready,
-            handle: runtime.handle().clone(),
-            runtime: Mutex::new(Some(runtime)),
-            next_id: AtomicU64::new(1),
-            stream_buffer: settings.stream_buffer.max(1),
+            outgoing,
+            stream_buffer: stream_buffer.max(1),
         })
     }
 
     /// The shared part of a new call.
     fn open(&self) -> PyResult<Arc<Shared>> {
-        if self.runtime.lock().is_none() {
-            return Err(to_py(CoreError::new(
-                Code::Unavailable,
-                "the pool client is closed",
-            )));
-        }
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        Ok(Shared::new(id, Arc::clone(&self.ready), self.stream_buffer))
+        let ticket = self.outgoing.ticket().map_err(to_py)?;
+        let ready = Arc::clone(self.outgoing.ready());
+        Ok(Shared::new(ticket, ready, self.stream_buffer))
     }
 
     fn generate(
@@ -122,9 +79,9 @@ impl PoolClient {
             call::Running::new(Arc::clone(&shared)),
             self.set.generate(message),
             Renderer::new(head, shape),
-            answer.stream,
+            answer.stream || answer.wake_accepted,
         );
-        Ok(Call::new(shared, self.handle.spawn(work).abort_handle()))
+        Ok(Call::new(shared, self.outgoing.spawn(work)))
     }
 }
 
@@ -132,6 +89,7 @@ impl PoolClient {
 struct Answer {
     stream: bool,
     include_usage: bool,
+    wake_accepted: bool,
 }
 
 #[pymethods]
@@ -156,23 +114,29 @@ impl PoolClient {
             expect_service: expect_service.to_owned(),
             connect_timeout: Duration::from_millis(connect_timeout_ms),
             threads,
-            stream_buffer: stream_buffer_bytes,
         };
-        py.detach(|| Self::start(settings)).map_err(to_py)
+        py.detach(|| Self::start(&settings, stream_buffer_bytes))
+            .map_err(to_py)
     }
 
     /// An eventfd that is readable while calls are ready.
     fn fileno(&self) -> i32 {
-        self.ready.fileno()
+        self.outgoing.ready().fileno()
     }
 
     /// Ids of the calls that changed since the last `ready()`; resets the eventfd.
     fn ready(&self) -> Vec<u64> {
-        self.ready.drain()
+        self.outgoing.ready().drain_ids()
     }
 
     /// Starts a chat completion.
-    #[pyo3(signature = (request, *, completion_id, created, stream, include_usage=false))]
+    #[pyo3(signature = (
+        request, *, completion_id, created, stream, include_usage=false, wake_accepted=false
+    ))]
+    #[allow(
+        clippy::fn_params_excessive_bools,
+        reason = "keyword arguments of Python"
+    )]
     fn chat(
         &self,
         request: &GenerateRequest,
@@ -180,6 +144,7 @@ impl PoolClient {
         created: u64,
         stream: bool,
         include_usage: bool,
+        wake_accepted: bool,
     ) -> PyResult<Call> {
         let head = request.head(completion_id, created);
         self.generate(
@@ -189,12 +154,19 @@ impl PoolClient {
             Answer {
                 stream,
                 include_usage,
+                wake_accepted,
             },
         )
     }
 
     /// Starts a text completion.
-    #[pyo3(signature = (request, *, completion_id, created, stream, include_usage=false))]
+    #[pyo3(signature = (
+        request, *, completion_id, created, stream, include_usage=false, wake_accepted=false
+    ))]
+    #[allow(
+        clippy::fn_params_excessive_bools,
+        reason = "keyword arguments of Python"
+    )]
     fn complete(
         &self,
         request: &GenerateRequest,
@@ -202,6 +174,7 @@ impl PoolClient {
         created: u64,
         stream: bool,
         include_usage: bool,
+        wake_accepted: bool,
     ) -> PyResult<Call> {
         let head = request.head(completion_id, created);
         self.generate(
@@ -211,6 +184,7 @@ impl PoolClient {
             Answer {
                 stream,
                 include_usage,
+                wake_accepted,
             },
         )
     }
@@ -236,7 +210,7 @@ impl PoolClient {
             message,
             request_id,
         );
-        Ok(Call::new(shared, self.handle.spawn(work).abort_handle()))
+        Ok(Call::new(shared, self.outgoing.spawn(work)))
     }
 
     /// Token ids to text.
@@ -250,7 +224,7 @@ impl PoolClient {
             message,
             request_id,
         );
-        Ok(Call::new(shared, self.handle.spawn(work).abort_handle()))
+        Ok(Call::new(shared, self.outgoing.spawn(work)))
     }
 
     /// Models of the pools that are ready now, each once.
@@ -265,30 +239,11 @@ impl PoolClient {
 
     /// Verifies the certificate files and swaps them in; keeps the old ones and raises `TlsError` otherwise.
     fn reload_tls(&self, py: Python<'_>) -> PyResult<()> {
-        let Some(tls) = &self.tls else { return Ok(()) };
-        py.detach(|| tls.reload())
-            .map_err(|error| to_py(refused(&error)))
+        py.detach(|| self.outgoing.reload_tls()).map_err(to_py)
     }
 
     /// Ends every call and the threads. Calls that were under way fail as unavailable.
     fn close(&self, py: Python<'_>) {
-        py.detach(|| self.shut());
-    }
-}
-
-impl PoolClient {
-    fn shut(&self) {
-        let runtime = self.runtime.lock().take();
-        if let Some(runtime) = runtime {
-            self.ready.close();
-            runtime.shutdown_background();
-        }
-    }
-}
-
-impl Drop for PoolClient {
-    fn drop(&mut self) {
-        // A runtime that is dropped waits for its threads; nobody may wait inside a garbage collection.
-        self.shut();
+        py.detach(|| self.outgoing.close());
     }
 }

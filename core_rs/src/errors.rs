@@ -25,9 +25,10 @@ macro_rules! classes {
 }
 
 classes! {
-    InvalidRequest UnsupportedParameter ContextLengthExceeded InvalidApiKey PermissionDenied ModelNotFound NotFound
-    MethodNotAllowed PayloadTooLarge UnsupportedMediaType QueueFull DeadlineExceeded Cancelled EngineFailed Unavailable
-    Draining Internal ModelFileError TlsError
+    InvalidRequest UnsupportedParameter ContextLengthExceeded InvalidApiKey InvalidToken InvalidCredentials
+    PermissionDenied PasswordChangeRequired ModelNotFound NotFound Conflict MethodNotAllowed PayloadTooLarge
+    UnsupportedMediaType QueueFull RateLimitExceeded InsufficientQuota AccountLocked DeadlineExceeded Cancelled
+    EngineFailed Unavailable Draining LedgerFull Internal ModelFileError TlsError
 }
 
 /// One row of the error table, as Python sees it.

@@ -4,7 +4,10 @@ mod call;
 mod client;
 mod errors;
 mod logs;
+mod outgoing;
 mod pool;
+mod ready;
+mod rpc;
 mod runtime;
 mod tls;
 
@@ -25,6 +28,11 @@ fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<client::info::PoolInfo>()?;
     module.add_class::<call::Call>()?;
     module.add_class::<client::PoolClient>()?;
+    module.add_function(wrap_pyfunction!(rpc::descriptors, module)?)?;
+    module.add_class::<rpc::RpcIncoming>()?;
+    module.add_class::<rpc::RpcServer>()?;
+    module.add_class::<rpc::RpcCall>()?;
+    module.add_class::<rpc::RpcClient>()?;
     module.add_class::<pool::Batch>()?;
     module.add_class::<pool::PoolOptions>()?;
     module.add_class::<pool::PoolStats>()?;

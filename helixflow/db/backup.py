@@ -8,6 +8,7 @@ import graphlib
 import hashlib
 import json
 import os
+import re
 import tarfile
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -42,6 +43,14 @@ FROM pg_constraint k JOIN pg_class t ON t.oid = k.conrelid JOIN pg_class r ON r.
 JOIN pg_namespace n ON n.oid = t.relnamespace
 WHERE k.contype = 'f' AND n.nspname = 'helixflow' AND t.oid <> r.oid
 """
+# The session's time zone, UTC here, decides how the bounds of a time are written.
+_PARTITIONS = """
+SELECT c.relname::text AS name, p.relname::text AS parent, pg_get_expr(c.relpartbound, c.oid) AS bounds
+FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_class p ON p.oid = i.inhparent
+JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = 'helixflow' AND c.relispartition AND c.relkind = 'r' ORDER BY c.relname
+"""
+_BOUNDS = re.compile(r"DEFAULT|FOR VALUES FROM \('[0-9 :+.-]+'\) TO \('[0-9 :+.-]+'\)")
 _SEQUENCES = "SELECT sequencename::text AS name FROM pg_sequences WHERE schemaname = 'helixflow' ORDER BY 1"
 
 
@@ -78,6 +87,7 @@ async def backup(connection: Any, path: Path) -> dict[str, Any]:
 async def _write(connection: Any, file: BinaryIO, scratch: Path) -> dict[str, Any]:
     await connection.execute("SET statement_timeout = 0")
     async with connection.transaction(isolation="repeatable_read", readonly=True):
+        await connection.execute("SET LOCAL timezone = 'UTC'")
         applied = await ledger(connection)
         if not applied:
             raise BackupError("there is nothing to back up: the database has no HelixFlow schema")
@@ -88,6 +98,7 @@ async def _write(connection: Any, file: BinaryIO, scratch: Path) -> dict[str, An
             "installation": str(await connection.fetchval("SELECT installation FROM helixflow.meta")),
             "migrations": [{"number": row.number, "name": row.name, "sha256": row.sha256} for row in applied],
             "tables": [],
+            "partitions": [dict(row) for row in await connection.fetch(_PARTITIONS)],
             "sequences": {},
         }
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -213,6 +224,7 @@ async def _fill(connection: Any, path: Path, manifest: dict[str, Any]) -> None:
     saved = {table["name"]: table for table in manifest["tables"]}
     if {name: table["columns"] for name, table in saved.items()} != present:
         raise BackupError("the tables of the backup and of the database differ: somebody changed the schema by hand")
+    await _make_partitions(connection, manifest)
     names = ", ".join(f"helixflow.{quoted(name)}" for name in sorted(present))
     await connection.execute(f"LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE")
     for name in sorted(present):
@@ -236,6 +248,21 @@ async def _fill(connection: Any, path: Path, manifest: dict[str, Any]) -> None:
                 raise BackupError(f"{name}: {status.split()[-1]} rows arrived of {saved[name]['rows']}")
     for name, (value, called) in manifest["sequences"].items():
         await connection.execute("SELECT setval($1::regclass, $2, $3)", f"helixflow.{quoted(name)}", value, called)
+
+
+async def _make_partitions(connection: Any, manifest: dict[str, Any]) -> None:
+    """Those that the migrations do not make: the service does, as time goes by."""
+    await connection.execute("SET LOCAL timezone = 'UTC'")
+    present = {row["name"]: (row["parent"], row["bounds"]) for row in await connection.fetch(_PARTITIONS)}
+    for row in manifest.get("partitions", []):
+        name, parent, bounds = row["name"], row["parent"], row["bounds"]
+        if present.get(name) == (parent, bounds):
+            continue
+        if name in present or not _BOUNDS.fullmatch(bounds):
+            raise BackupError(f"the partition {name} of {parent} cannot be made as the backup has it: {bounds}")
+        await connection.execute(
+            f"CREATE TABLE helixflow.{quoted(name)} PARTITION OF helixflow.{quoted(parent)} {bounds}"
+        )
 
 
 async def _chunks(member: Any) -> AsyncIterator[bytes]:

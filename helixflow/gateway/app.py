@@ -5,29 +5,32 @@ from collections.abc import Iterable
 
 from helixflow import log
 from helixflow.config import Config
-from helixflow.core_rs import CoreError, Internal
-from helixflow.gateway.auth import KeyStore, authenticate
+from helixflow.core_rs import CoreError, Internal, PermissionDenied
+from helixflow.gateway.auth import Principal, authenticate
 from helixflow.gateway.bridge import Bridge
 from helixflow.gateway.cors import Cors
 from helixflow.gateway.errors import envelope, headers_of, refusal
 from helixflow.gateway.health import Health
 from helixflow.gateway.http import ClientGone, Limits, Receive, Request, Scope, Send
-from helixflow.gateway.inference import Inference
+from helixflow.gateway.inference import CLIENT_GONE, Inference
 from helixflow.gateway.models import Models
 from helixflow.gateway.routes import Allowed, Policy, Route, Router
+from helixflow.gateway.services import Services
 
-CLIENT_GONE = 499
-"""Logged (never sent) for a client that went away before its answer."""
 HSTS = (b"strict-transport-security", b"max-age=31536000")
 
 logger = log.get("gateway")
 
 
-def routes(bridge: Bridge, config: Config) -> list[Route]:
+VIEWER = "viewer"
+"""The role that reads only: its keys may not spend anything."""
+
+
+def routes(bridge: Bridge, config: Config, services: Services) -> list[Route]:
     """Every route of the gateway."""
     health = Health(bridge)
     models = Models(bridge)
-    inference = Inference(bridge, config.gateway)
+    inference = Inference(bridge, config.gateway, services.accountant)
     return [
         Route("GET", "/health", health.health, Policy.PUBLIC),
         Route("GET", "/live", health.live, Policy.PUBLIC),
@@ -38,17 +41,20 @@ def routes(bridge: Bridge, config: Config) -> list[Route]:
         Route("POST", "/v1/completions", inference.complete, Policy.KEY),
         Route("POST", "/tokenize", inference.tokenize, Policy.KEY),
         Route("POST", "/detokenize", inference.detokenize, Policy.KEY),
+        *services.routes(),
     ]
 
 
 class Gateway:
     """The application of one worker."""
 
-    def __init__(self, config: Config, bridge: Bridge, keys: KeyStore, table: Iterable[Route] | None = None) -> None:
+    def __init__(
+        self, config: Config, bridge: Bridge, services: Services, table: Iterable[Route] | None = None
+    ) -> None:
         """`table`: other routes than the gateway's own, for tests. Raises StartError for a route without a policy."""
         self.bridge = bridge
-        self._keys = keys
-        self._router = Router(routes(bridge, config) if table is None else table)
+        self._keys = services.keys
+        self._router = Router(routes(bridge, config, services) if table is None else table)
         self._cors = Cors(config.gateway.cors_origins) if config.gateway.cors_origins else None
         self._open = {Policy.PUBLIC, Policy.PUBLIC_IN_DEVELOPMENT} if config.development else {Policy.PUBLIC}
         headers = [(b"server", b"helixflow"), (b"x-content-type-options", b"nosniff")]
@@ -84,7 +90,7 @@ class Gateway:
         route = self._router.find(request.method, request.path)
         request.route = route.path
         if route.policy not in self._open:
-            await authenticate(request, self._keys)
+            _authorise(await authenticate(request, self._keys), route)
         await route.handler(request)
 
     async def _refuse(self, request: Request, error: CoreError) -> None:
@@ -107,3 +113,11 @@ class Gateway:
             principal=request.principal,
             **request.facts,
         )
+
+
+def _authorise(principal: Principal, route: Route) -> None:
+    """Raises PermissionDenied. What an account may do is the auth-service's to say."""
+    if route.policy is Policy.KEY and principal.role == VIEWER:
+        raise refusal(PermissionDenied, "the role viewer reads only: ask an administrator for the role member")
+    if route.policy is Policy.ACCOUNT and not principal.user_id:
+        raise refusal(PermissionDenied, "this needs an account; the gateway runs without accounts")

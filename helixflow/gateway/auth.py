@@ -1,71 +1,142 @@
-"""Who calls: API keys, looked up by digest."""
+"""Who calls: the principal behind the bearer token of a request."""
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+from uuid import UUID
 
-from helixflow.config import DEVELOPMENT_KEY, Config
-from helixflow.core_rs import InvalidApiKey
+from helixflow.config import DEVELOPMENT_KEY
+from helixflow.core_rs import InvalidApiKey, PermissionDenied
 from helixflow.gateway.errors import refusal
 from helixflow.gateway.http import Request
-from helixflow.options import StaticKey
+from helixflow.limits.model import SubjectLimits
 
-MAX_KEY_BYTES = 512
-"""Longest key that is looked at; issued keys have some 46 characters."""
+MAX_CREDENTIAL_BYTES = 8192
+"""Longest bearer token that is looked at: issued keys have 52 characters, access tokens about 1,000."""
 
 
 @dataclass(frozen=True, slots=True)
+class Content:
+    """Whether texts of an organisation are kept: for how many days, and what is replaced in them."""
+
+    retention_days: int
+    redact: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """The holder of a key. `name` is safe to log; the key never is."""
+    """The holder of a key or an access token. `name` is safe to log; the credential never is.
+
+    Identifiers are UUIDs as text; empty where there is none. Empty `models` and `endpoints` mean all of them.
+    """
 
     name: str
+    organisation_id: str = ""
+    organisation: str = ""
+    user_id: str = ""
+    user: str = ""
+    key_id: str = ""
+    session_id: str = ""
+    role: str = ""
+    expires_at: int = 0
+    models: frozenset[str] = frozenset()
+    endpoints: frozenset[str] = frozenset()
+    limits: tuple[SubjectLimits, ...] = ()
+    content: Content | None = None
+    ids: tuple[bytes | None, bytes | None, bytes | None] = (None, None, None)
+    """Organisation, user and key as 16 bytes each, as the ledger writes them."""
+
+    @classmethod
+    def of(cls, message: Any) -> "Principal":
+        """The principal of the message `helixflow.v1.Principal`."""
+        content = message.content
+        return cls(
+            name=message.key or message.user,
+            organisation_id=message.organisation_id,
+            organisation=message.organisation,
+            user_id=message.user_id,
+            user=message.user,
+            key_id=message.key_id,
+            session_id=message.session_id,
+            role=message.role,
+            expires_at=message.expires_at,
+            models=frozenset(message.models),
+            endpoints=frozenset(message.endpoints),
+            limits=tuple(SubjectLimits.of(item) for item in message.limits),
+            content=Content(content.retention_days, tuple(content.redact)) if content.store else None,
+            ids=(_bytes(message.organisation_id), _bytes(message.user_id), _bytes(message.key_id)),
+        )
+
+    def check_endpoint(self, path: str) -> None:
+        """Raises PermissionDenied when the credential is not for this route."""
+        if self.endpoints and path not in self.endpoints:
+            raise refusal(PermissionDenied, f"this API key may not call {path}")
+
+    def check_model(self, name: str, canonical: str) -> None:
+        """Raises PermissionDenied when the credential is for other models. `canonical`: what `name` stands for."""
+        if self.models and name not in self.models and canonical not in self.models:
+            raise refusal(PermissionDenied, f"this API key may not use the model {name[:200]!r}", "model")
+
+
+def _bytes(text: str) -> bytes | None:
+    return UUID(text).bytes if text else None
 
 
 class KeyStore(Protocol):
-    """Where keys are known. The auth-service implements it; until then the configuration does."""
+    """Where credentials are known."""
 
-    async def verify(self, key: bytes) -> Principal | None:
-        """The holder of the key, or None when it is unknown."""
+    def known(self, credential: bytes) -> Principal | None:
+        """The holder as far as it is known without asking anybody; None does not mean that there is none."""
+
+    async def verify(self, credential: bytes) -> Principal:
+        """The holder. Raises InvalidApiKey or InvalidToken; Unavailable when nobody can tell now."""
 
 
-class StaticKeys:
-    """The keys of the configuration: SHA-256 of each, in hex.
+class DevelopmentKeys:
+    """Knows the public key of the development profile and nothing else: a gateway without accounts."""
 
-    The lookup compares digests only: its timing tells nothing about a key that the caller does not have.
-    """
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256(DEVELOPMENT_KEY.encode()).digest()
+        self._principal = Principal(name="development")
 
-    def __init__(self, keys: Iterable[StaticKey], development: bool = False) -> None:
-        """`development`: also knows the public key of that profile."""
-        self._holders = {key.sha256: Principal(key.name) for key in keys}
-        if development:
-            self._holders[hashlib.sha256(DEVELOPMENT_KEY.encode()).hexdigest()] = Principal("development")
+    def known(self, credential: bytes) -> Principal | None:
+        """The holder of the key. Digests are compared: the timing tells nothing about a key."""
+        return self._principal if hashlib.sha256(credential).digest() == self._digest else None
 
-    @classmethod
-    def of(cls, config: Config) -> "StaticKeys":
-        """The keys of this configuration."""
-        return cls(config.gateway.keys, config.development)
+    async def verify(self, credential: bytes) -> Principal:  # noqa: ARG002
+        """Raises InvalidApiKey: whom `known` does not know does not exist."""
+        raise unknown_key()
 
-    async def verify(self, key: bytes) -> Principal | None:
-        """The holder of the key, or None when it is unknown."""
-        return self._holders.get(hashlib.sha256(key).hexdigest())
+
+def unknown_key() -> InvalidApiKey:
+    """The refusal of a key that does not exist, was revoked or has expired: it never says which."""
+    return refusal(InvalidApiKey, "the API key is not valid")
 
 
 def bearer(header: bytes | None) -> bytes:
-    """The key of an `Authorization` header. Raises InvalidApiKey when there is none."""
+    """The token of an `Authorization` header. Raises InvalidApiKey when there is none."""
     if header is None:
         raise refusal(InvalidApiKey, "no API key: send the header `Authorization: Bearer YOUR_KEY`")
-    scheme, _, key = header.partition(b" ")
-    key = key.strip()
-    if scheme.lower() != b"bearer" or not key:
+    scheme, _, token = header.partition(b" ")
+    token = token.strip()
+    if scheme.lower() != b"bearer" or not token:
         raise refusal(InvalidApiKey, "the Authorization header must read `Bearer YOUR_KEY`")
-    return key
+    return token
 
 
-async def authenticate(request: Request, store: KeyStore) -> None:
-    """Finds the caller and notes the name in the request. Raises InvalidApiKey."""
-    key = bearer(request.headers.get(b"authorization"))
-    principal = await store.verify(key) if len(key) <= MAX_KEY_BYTES else None
+async def authenticate(request: Request, store: KeyStore) -> Principal:
+    """Finds the caller and notes it in the request.
+
+    Raises InvalidApiKey, InvalidToken, PermissionDenied (not for this route) or Unavailable.
+    """
+    token = bearer(request.headers.get(b"authorization"))
+    if len(token) > MAX_CREDENTIAL_BYTES:
+        raise unknown_key()
+    principal = store.known(token)
     if principal is None:
-        raise refusal(InvalidApiKey, "the API key is not valid")
+        principal = await store.verify(token)
+    request.caller = principal
     request.principal = principal.name
+    if principal.endpoints:
+        principal.check_endpoint(request.route)
+    return principal

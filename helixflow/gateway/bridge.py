@@ -14,6 +14,8 @@ from helixflow.gateway.http import ClientGone, Receive
 
 WATCH_AFTER_S = 0.02
 """A call this old (seconds) is watched for a disconnect. Most are over by then, and a watch costs more than they do."""
+NAMES_S = 1.0
+"""Aliases are looked up again after this time (seconds)."""
 
 
 class Running:
@@ -129,6 +131,8 @@ class Bridge:
         self._young: deque[tuple[float, Running]] = deque()
         self._sweeping = False
         self._on_idle: Callable[[], None] | None = None
+        self._names: dict[str, str] = {}
+        self._names_until = 0.0
         self._loop.add_reader(client.fileno(), self._wake_ready)
 
     @classmethod
@@ -168,6 +172,14 @@ class Bridge:
     def models(self) -> list[ModelInfo]:
         """Models of the pools that are ready now."""
         return self._client.models()
+
+    def canonical(self, name: str) -> str:
+        """The model behind an alias; `name` itself when it is none. At most a second old."""
+        now = self._loop.time()
+        if now >= self._names_until:
+            self._names = {alias: model.id for model in self._client.models() for alias in model.aliases}
+            self._names_until = now + NAMES_S
+        return self._names.get(name, name)
 
     @property
     def outstanding(self) -> int:

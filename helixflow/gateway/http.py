@@ -7,10 +7,14 @@ import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 from helixflow.core_rs import CoreError, InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from helixflow.gateway.errors import refusal
+
+if TYPE_CHECKING:
+    from helixflow.gateway.auth import Principal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -28,7 +32,11 @@ DISCARD_S = 1.0
 DISCARD_BYTES = 16 * 1024 * 1024
 """How much of an unwanted body is read and thrown away (seconds, bytes)."""
 
+MAX_QUERY_FIELDS = 32
+"""Most parameters of a query string; no route knows half as many."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 class ClientGone(Exception):  # noqa: N818 -- an event, nobody's mistake
@@ -85,8 +93,14 @@ class Request:
     __slots__ = (
         "_http2",
         "_limits",
+        "_query",
         "_receive",
+        "_scope",
         "_send",
+        "body",
+        "body",
+        "body",
+        "caller",
         "extra_headers",
         "facts",
         "headers",
@@ -112,11 +126,15 @@ class Request:
         self.status = 0
         self.route = ""
         self.principal = ""
+        self.body = b""  # kept for organisations that keep texts
+        self.caller: Principal  # set once the credential is checked: on an open route there is none to read
         self.facts: dict[str, Any] = {}
         self.extra_headers: list[tuple[bytes, bytes]] = []
         self._http2 = scope["http_version"] == "2"
         self.unread = self.method not in ("GET", "HEAD", "OPTIONS")
         self._limits = limits
+        self._query: dict[str, list[str]] | None = None
+        self._scope = scope
         self._receive = receive
         self._send = send
 
@@ -125,8 +143,46 @@ class Request:
         """The ASGI `receive`: after the body it tells only that the client has gone."""
         return self._receive
 
-    async def json(self) -> bytes:
-        """The body, which must call itself JSON. Raises UnsupportedMediaType, PayloadTooLarge, InvalidRequest."""
+    @property
+    def client(self) -> str:
+        """The client's network address, without the port; empty when the server does not know it."""
+        peer = self._scope.get("client")
+        return str(peer[0]) if peer else ""
+
+    @property
+    def scheme(self) -> str:
+        """`https`, or `http` where the gateway serves without TLS."""
+        return str(self._scope.get("scheme", "https"))
+
+    @property
+    def raw_path(self) -> bytes:
+        """The path as it was sent, percent-encoded."""
+        raw = self._scope.get("raw_path")
+        return self.path.encode() if raw is None else bytes(raw)
+
+    @property
+    def query(self) -> dict[str, list[str]]:
+        """The parameters of the query string, each with all its values. Raises InvalidRequest for a malformed one."""
+        if self._query is None:
+            self._query = _parse_query(self._scope.get("query_string", b""))
+        return self._query
+
+    def cookie(self, name: str) -> str | None:
+        """The value of a cookie; None when it is missing or stands there twice. HTTP/2 may send a header for each."""
+        found = []
+        for header, value in self._scope["headers"]:
+            if header == b"cookie":
+                for part in value.decode("latin-1").split(";"):
+                    key, _, text = part.strip().partition("=")
+                    if key == name:
+                        found.append(text)
+        return found[0] if len(found) == 1 else None
+
+    async def json(self, most: int | None = None) -> bytes:
+        """The body, which must call itself JSON. Raises UnsupportedMediaType, PayloadTooLarge, InvalidRequest.
+
+        `most`: limit in bytes where a route takes less than the endpoint.
+        """
         kind = self.headers.get(b"content-type")
         if kind is not None and kind != b"application/json":
             media = kind.split(b";", 1)[0].strip().lower()
@@ -143,10 +199,10 @@ class Request:
                 f"the body must not be compressed: leave out `Content-Encoding` "
                 f"(it was {coding[:100].decode('latin-1')!r})",
             )
-        return await self._body()
-
-    async def _body(self) -> bytes:
         limit = self._limits.body_bytes
+        return await self._body(limit if most is None else min(limit, most))
+
+    async def _body(self, limit: int) -> bytes:
         length = self.headers.get(b"content-length")
         # A length that is no number never gets here: the HTTP parser refuses it.
         expected = int(length) if length is not None and length.isdigit() else None
@@ -231,3 +287,23 @@ class Request:
         headers += self.extra_headers
         headers.append((b"x-request-id", self.id.encode("ascii")))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+def _parse_query(query: bytes) -> dict[str, list[str]]:
+    parsed: dict[str, list[str]] = {}
+    if not query:
+        return parsed
+    if _BROKEN_ESCAPE.search(query):
+        raise refusal(InvalidRequest, "the query string is malformed: a % without two hex digits behind it")
+    try:
+        text = query.decode("ascii")
+        pairs = parse_qsl(text, keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS, errors="strict")
+    except UnicodeError:
+        raise refusal(InvalidRequest, "the query string is not percent-encoded UTF-8") from None
+    except ValueError as error:
+        raise refusal(InvalidRequest, f"the query string is malformed: {error}") from None
+    for name, value in pairs:
+        if "\0" in name or "\0" in value:
+            raise refusal(InvalidRequest, "the query string holds the character NUL")
+        parsed.setdefault(name, []).append(value)
+    return parsed

@@ -1,24 +1,31 @@
 """Chat, completions, tokenise, detokenise: a validated body in, the pool's bytes out."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
 
 from helixflow.config import GatewayConfig
-from helixflow.core_rs import CoreError, GenerateRequest, InvalidRequest, Prompt
+from helixflow.core_rs import Call, CoreError, GenerateRequest, InvalidRequest, Prompt
 from helixflow.gateway import schema
+from helixflow.gateway.accounting import Accountant, Admission
 from helixflow.gateway.bridge import Bridge, Running
 from helixflow.gateway.errors import final_event, refusal
-from helixflow.gateway.http import Request
+from helixflow.gateway.http import ClientGone, Request
 
 KEEP_ALIVE = b": keep-alive\n\n"
 """An SSE comment: clients skip it, and everything on the way sees that the connection lives."""
 COMPLETION_TOKENS = 16
 """`max_tokens` of a text completion that names none, as the OpenAI API documents it."""
+BYTES_PER_TOKEN = 4
+"""A prompt is guessed to have a token for so many bytes of the body, until the pool has counted it."""
+CLIENT_GONE = 499
+"""Written into log and ledger (never sent) for a client that went away before its answer."""
 MAX_TIMEOUT_MS = 86_400_000
 _TIMEOUT = "x-request-timeout-ms"
+
+Answer = Callable[[Request, Running, Admission], Awaitable[CoreError | None]]
 
 _OPTIONAL = (
     "n",
@@ -35,15 +42,16 @@ _OPTIONAL = (
 class Inference:
     """The handlers that need a pool."""
 
-    def __init__(self, bridge: Bridge, options: GatewayConfig) -> None:
+    def __init__(self, bridge: Bridge, options: GatewayConfig, accountant: Accountant) -> None:
         self._bridge = bridge
+        self._accountant = accountant
         self._timeout_ms = options.request_timeout_ms
         self._keep_alive_s = options.keepalive_s
 
     async def chat(self, request: Request) -> None:
         """POST /v1/chat/completions."""
         self._bridge.admit()
-        body = await self._read(request, schema.CHAT)
+        body, size = await self._read(request, schema.CHAT)
         options = self._options(request, body)
         limit = body.max_completion_tokens or body.max_tokens
         if limit is not None:
@@ -51,38 +59,48 @@ class Inference:
         if body.logprobs:
             options["logprobs"] = body.top_logprobs or 0
         generate = GenerateRequest(prompts=[Prompt.chat(body.conversation())], **options)
-        call = self._bridge.admit().chat(
-            generate,
-            completion_id="chatcmpl-" + request.token,
-            created=int(time.time()),
-            stream=bool(body.stream),
-            include_usage=_include_usage(body),
-        )
-        await self._answer(request, self._bridge.follow(call, request.receive), body)
+
+        def start(wake: bool) -> Call:
+            return self._bridge.admit().chat(
+                generate,
+                completion_id="chatcmpl-" + request.token,
+                created=int(time.time()),
+                stream=bool(body.stream),
+                include_usage=_include_usage(body),
+                wake_accepted=wake,
+            )
+
+        choices = body.n or 1
+        await self._generate(request, body, start, size, choices * limit if limit is not None else -choices)
 
     async def complete(self, request: Request) -> None:
         """POST /v1/completions."""
         self._bridge.admit()
-        body = await self._read(request, schema.COMPLETION)
+        body, size = await self._read(request, schema.COMPLETION)
         options = self._options(request, body)
         options["max_tokens"] = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if body.logprobs is not None:
             options["logprobs"] = body.logprobs
         if body.echo:
             options["echo"] = True
-        generate = GenerateRequest(prompts=list(_prompts(body.prompts())), **options)
-        call = self._bridge.admit().complete(
-            generate,
-            completion_id="cmpl-" + request.token,
-            created=int(time.time()),
-            stream=bool(body.stream),
-            include_usage=_include_usage(body),
-        )
-        await self._answer(request, self._bridge.follow(call, request.receive), body)
+        prompts = list(_prompts(body.prompts()))
+        generate = GenerateRequest(prompts=prompts, **options)
+
+        def start(wake: bool) -> Call:
+            return self._bridge.admit().complete(
+                generate,
+                completion_id="cmpl-" + request.token,
+                created=int(time.time()),
+                stream=bool(body.stream),
+                include_usage=_include_usage(body),
+                wake_accepted=wake,
+            )
+
+        await self._generate(request, body, start, size, len(prompts) * (body.n or 1) * options["max_tokens"])
 
     async def tokenize(self, request: Request) -> None:
         """POST /tokenize. A chat goes through the model's template, which brings its own special tokens."""
-        body = await self._read(request, schema.TOKENIZE)
+        body, _ = await self._read(request, schema.TOKENIZE)
         request.facts["model"] = body.model
         if body.messages is None:
             prompt = Prompt.text(body.prompt or "")
@@ -93,24 +111,38 @@ class Inference:
             special = False
         if body.add_special_tokens is not None:
             special = body.add_special_tokens
-        call = self._bridge.admit().tokenize(body.model, prompt, request_id=request.id, add_special_tokens=special)
-        with self._bridge.follow(call, request.receive) as running:
-            await _whole(request, running)
+
+        def start(_wake: bool) -> Call:
+            return self._bridge.admit().tokenize(body.model, prompt, request_id=request.id, add_special_tokens=special)
+
+        admission = await self._accountant.admit(request, self._model(request, body.model))
+        await self._run(request, admission, start, _whole)
 
     async def detokenize(self, request: Request) -> None:
         """POST /detokenize."""
-        body = await self._read(request, schema.DETOKENIZE)
+        body, _ = await self._read(request, schema.DETOKENIZE)
         request.facts["model"] = body.model
-        call = self._bridge.admit().detokenize(body.model, body.tokens, request_id=request.id)
-        with self._bridge.follow(call, request.receive) as running:
-            await _whole(request, running)
 
-    async def _read(self, request: Request, decoder: msgspec.json.Decoder[schema.Body]) -> schema.Body:
-        """The checked body. Raises what `Request.json` and `schema.decode` raise."""
+        def start(_wake: bool) -> Call:
+            return self._bridge.admit().detokenize(body.model, body.tokens, request_id=request.id)
+
+        admission = await self._accountant.admit(request, self._model(request, body.model))
+        await self._run(request, admission, start, _whole)
+
+    def _model(self, request: Request, name: str) -> str:
+        """The model behind a name. Raises PermissionDenied when the caller may not use it."""
+        canonical = self._bridge.canonical(name)
+        request.caller.check_model(name, canonical)
+        return canonical
+
+    async def _read(self, request: Request, decoder: msgspec.json.Decoder[schema.Body]) -> tuple[schema.Body, int]:
+        """The checked body and its size (bytes). Raises what `Request.json` and `schema.decode` raise."""
         body = await request.json()
         if len(body) > schema.SMALL_BODY:
             schema.check_size(body, max((model.max_model_len for model in self._bridge.models()), default=0))
-        return schema.decode(decoder, body)
+        if request.caller.content is not None:
+            request.body = body
+        return schema.decode(decoder, body), len(body)
 
     def _options(self, request: Request, body: schema.Sampling) -> dict[str, Any]:
         """The arguments of GenerateRequest that chat and completions share; absent ones keep its defaults."""
@@ -145,44 +177,86 @@ class Inference:
             InvalidRequest, f"the header {_TIMEOUT} must be a whole number from 1 to {MAX_TIMEOUT_MS}", _TIMEOUT
         )
 
-    async def _answer(self, request: Request, running: Running, body: schema.Sampling) -> None:
-        with running:
-            try:
-                if body.stream:
-                    await self._stream(request, running)
-                else:
-                    await _whole(request, running)
-            finally:
-                _note(request, running)
+    async def _generate(
+        self, request: Request, body: schema.Sampling, start: Callable[[bool], Call], size: int, completion: int
+    ) -> None:
+        """`size` of the body (bytes); `completion`: tokens asked for, or minus the choices that have no maximum."""
+        model = self._model(request, body.model)
+        admission = await self._accountant.admit(request, model, size // BYTES_PER_TOKEN + 1, completion)
+        await self._run(request, admission, start, self._stream if body.stream else _whole)
 
-    async def _stream(self, request: Request, running: Running) -> None:
-        """Passes on what the pool has rendered. A refusal before the pool has accepted is an HTTP error."""
+    async def _run(self, request: Request, admission: Admission, start: Callable[[bool], Call], answer: Answer) -> None:
+        """Runs an admitted request to its end, which the admission hears of whatever it is."""
+        call: Call | None = None
+        try:
+            call = start(admission.exact)
+            with self._bridge.follow(call, request.receive) as running:
+                try:
+                    failure = await answer(request, running, admission)
+                finally:
+                    _note(request, running)
+        except ClientGone:
+            admission.end(CLIENT_GONE, call, finish="cancelled")
+            raise
+        except CoreError as error:
+            admission.end(error.http_status, call, error)
+            raise
+        except BaseException:
+            admission.end(500, call, finish="error")
+            raise
+        admission.end(request.status, call, failure)
+
+    async def _stream(self, request: Request, running: Running, admission: Admission) -> CoreError | None:
+        """Passes on what the pool has rendered; returns what ended it early.
+
+        A refusal before the pool has accepted is an HTTP error.
+        """
         call = running.call
         while not (call.accepted or call.done):
             await running.changed()
+        if admission.exact and call.prompt_tokens is not None:
+            await admission.prompt(call.prompt_tokens)
+        capture = admission.capture()
         done = call.done
         data = call.take()
         await request.start_events()
         running.keep_alive(self._keep_alive_s)
+        failure: CoreError | None = None
         try:
             while not done:
                 if data or running.silent:
                     await request.write(data or KEEP_ALIVE)
                     running.spoke()
+                    if capture is not None:
+                        capture.answer(data)
                 await running.changed()
                 done = call.done
                 data = call.take()
         except CoreError as error:
+            failure = error
             request.facts["error"] = error.code
             data = final_event(error)
         await request.write(data, more=False)
+        if capture is not None:
+            capture.answer(data)
+        return failure
 
 
-async def _whole(request: Request, running: Running) -> None:
+async def _whole(request: Request, running: Running, admission: Admission) -> CoreError | None:
     call = running.call
+    exact = admission.exact
     while not call.done:
-        await running.changed()
-    await request.respond(200, call.take())
+        if exact and call.accepted and call.prompt_tokens is not None:
+            exact = False
+            await admission.prompt(call.prompt_tokens)
+        else:
+            await running.changed()
+    data = call.take()
+    capture = admission.capture()
+    if capture is not None:
+        capture.answer(data)
+    await request.respond(200, data)
+    return None
 
 
 def _include_usage(body: schema.Sampling) -> bool:

@@ -1,8 +1,11 @@
 """The route table. A route says who may call it, or the gateway does not start."""
 
+import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
+from urllib.parse import unquote
 
 from helixflow.core_rs import MethodNotAllowed, NotFound
 from helixflow.errors import StartError
@@ -11,6 +14,10 @@ from helixflow.gateway.http import Request
 
 Handler = Callable[[Request], Awaitable[None]]
 PARAMETER = "{id}"
+"""At the end of a path it takes everything that follows: names of models have slashes."""
+
+_SEGMENT = re.compile(r"\\{([a-z_]+)\\}")
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
 class Policy(Enum):
@@ -18,12 +25,17 @@ class Policy(Enum):
 
     PUBLIC = "everybody"
     KEY = "holders of a key"
+    ACCOUNT = "holders of an access token or a key; the auth-service decides by role what each may do"
     PUBLIC_IN_DEVELOPMENT = "everybody in the development profile, holders of a key elsewhere"
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One method of one path. The path is exact, or ends in `{id}`, which takes everything that follows."""
+    """One method of one path.
+
+    The path is exact, or has parameters: `{id}` at its end takes everything that follows, any other `{name}` one
+    segment.
+    """
 
     method: str
     path: str
@@ -45,12 +57,12 @@ class Router:
     def __init__(self, routes: Iterable[Route]) -> None:
         """Raises StartError for a route without a policy and for one declared twice."""
         self._exact: dict[str, dict[str, Route]] = {}
+        self._segments: dict[str, dict[str, Route]] = {}
         self._prefix: dict[str, dict[str, Route]] = {}
         for route in routes:
             if not isinstance(route.policy, Policy):
                 raise StartError(f"the route {route.method} {route.path} declares no policy: say who may call it")
-            prefix = route.path.removesuffix(PARAMETER)
-            methods = (self._exact if prefix == route.path else self._prefix).setdefault(prefix, {})
+            methods = self._table(route.path).setdefault(route.path, {})
             for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
                 if method in methods:
                     raise StartError(f"the route {method} {route.path} is declared twice")
@@ -58,16 +70,59 @@ class Router:
 
     def find(self, method: str, path: str) -> Route:
         """The route. Raises NotFound, or Allowed when the path exists with other methods."""
-        methods = self._exact.get(path) or self._by_prefix(path)
+        methods = self._exact.get(path) or self._by_pattern(path)
         if methods is None:
-            raise refusal(NotFound, f"there is no {path[:200]!r} here; the API lives under /v1")
+            raise nothing_at(path)
         route = methods.get(method)
         if route is None:
             raise Allowed(f"{path[:200]!r} does not answer {method}", methods)
         return route
 
-    def _by_prefix(self, path: str) -> dict[str, Route] | None:
-        for prefix, methods in self._prefix.items():
-            if path.startswith(prefix) and len(path) > len(prefix):
+    def _table(self, path: str) -> dict[str, dict[str, Route]]:
+        if "{" not in path:
+            return self._exact
+        return self._prefix if path.count("{") == 1 and path.endswith(PARAMETER) else self._segments
+
+    def _by_pattern(self, path: str) -> dict[str, Route] | None:
+        for template, methods in (*self._segments.items(), *self._prefix.items()):
+            if _pattern(template).fullmatch(path):
                 return methods
         return None
+
+
+def nothing_at(path: str) -> NotFound:
+    """The refusal of a path that no route has."""
+    return refusal(NotFound, f"there is no {path[:200]!r} here; the API lives under /v1")
+
+
+def parameters(template: str, request: Request) -> dict[str, str]:
+    """The parameters of the request's path, decoded. `template`: the path of its route.
+
+    Everything between the parameters must stand in the request as it stands in the template. A segment that hides a
+    slash, a dot segment or a control character in percent-encoding is none of ours. Raises NotFound.
+    """
+    try:
+        match = _pattern(template).fullmatch(request.raw_path.decode("ascii"))
+        groups = match.groupdict() if match else {}
+        found = {name: unquote(encoded, errors="strict") for name, encoded in groups.items()}
+    except UnicodeDecodeError:
+        match = None
+    if match is None or any(_hides(name, value, template) for name, value in found.items()):
+        raise nothing_at(request.path)
+    return found
+
+
+def _hides(name: str, value: str, template: str) -> bool:
+    """Whether a decoded parameter holds what paths are cut at, or what no name holds."""
+    several = name == "id" and template.endswith(PARAMETER)
+    dots = any(part in (".", "..") for part in value.split("/"))
+    return dots or _UNSAFE.search(value) is not None or ("/" in value and not several)
+
+
+@lru_cache(maxsize=256)
+def _pattern(template: str) -> re.Pattern[str]:
+    """Compiles a template. Its groups are the parameters."""
+    pattern = _SEGMENT.sub(r"(?P<\1>[^/]+)", re.escape(template))
+    if template.endswith(PARAMETER):
+        pattern = pattern.removesuffix("[^/]+)") + ".+)"
+    return re.compile(pattern, re.DOTALL)

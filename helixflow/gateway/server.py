@@ -27,8 +27,6 @@ def run(config: Config, connect: Connect = Bridge.connect) -> int:
         GatewayFiles.of(config).verify()
     except PkiError as error:
         raise StartError(f"the api-gateway cannot start: {error}") from error
-    if not config.gateway.keys and not config.development:
-        logger.warning("no API key is configured: every request will be refused; see `helixflow config new-key`")
     listener = bind(config.gateway.listen, config.gateway.backlog)
     address = Address(config.gateway.listen.host, listener.getsockname()[1])
 

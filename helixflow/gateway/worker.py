@@ -21,9 +21,9 @@ from helixflow.config import Config
 from helixflow.core_rs import CoreError
 from helixflow.errors import EX_SOFTWARE, StartError
 from helixflow.gateway.app import Gateway
-from helixflow.gateway.auth import StaticKeys
 from helixflow.gateway.bridge import Bridge
 from helixflow.gateway.certificates import GatewayFiles
+from helixflow.gateway.services import Services
 from helixflow.process import die_with_parent
 
 READY: Final = b"r"
@@ -138,7 +138,8 @@ class Worker:
         """Runs the server from start to stop. Raises StartError when it does not come up."""
         loop = asyncio.get_running_loop()
         bridge = self._bridge = self._connect(self._config)
-        app = Gateway(self._config, bridge, StaticKeys.of(self._config))
+        services = await Services.open(self._config)
+        app = Gateway(self._config, bridge, services)
         server: Any = Listener(app, listener, self._config)
         serving = loop.create_task(server.serve())
         await _accepting(server, serving)
@@ -156,6 +157,7 @@ class Worker:
         await asyncio.wait({serving, cut}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             await asyncio.wait({serving}, timeout=CUT_S)
+        await services.close()
         bridge.close()
 
     def _hear(self) -> None:

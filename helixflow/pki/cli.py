@@ -69,6 +69,15 @@ def add_parser(subparsers: Any) -> None:
     revoke.add_argument("name", metavar="NAME", nargs="?", help="the service")
     revoke.add_argument("--serial", type=_serial, metavar="HEX", help="serial number, as `show` prints it")
 
+    _command(
+        commands,
+        "rotate-tokens",
+        _rotate_tokens,
+        "replace the key pair of access tokens",
+        "Replace the key pair that access tokens are signed with. A running auth-service picks it up; nobody is logged "
+        "out: tokens signed before stay valid until they end.",
+    )
+
     verify = _command(
         commands,
         "verify",
@@ -223,6 +232,14 @@ def _revoke(layout: Layout, options: argparse.Namespace) -> int:
     print(f"signed {layout.crl}")
     if options.name is not None:
         print(f"to give {options.name} new certificates: helixflow pki renew {options.name}")
+    return 0
+
+
+def _rotate_tokens(layout: Layout, _options: argparse.Namespace) -> int:
+    from helixflow.pki import issue
+
+    for path in issue.rotate_tokens(layout, progress=_progress):
+        print(f"replaced {path}")
     return 0
 
 

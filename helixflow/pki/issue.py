@@ -82,6 +82,25 @@ def issue(
     return [path for pair in both for path in (pair.cert, pair.key)]
 
 
+def rotate_tokens(layout: Layout, *, progress: Progress = quiet) -> list[Path]:
+    """Replaces the key pair of access tokens; returns both files. A running auth-service takes it up within a second.
+
+    What it replaces stays known to the auth-services until the last token signed with it has ended. Raises PkiError.
+    """
+    with files.locked(layout.directory):
+        if not layout.jwt_private.exists():
+            raise PkiError(layout.jwt_private, "does not exist", "`helixflow pki init` makes what is missing.")
+        fresh = keys.generate_all([KeyType.RSA_4096], progress)[0]
+        changes = [
+            files.Change(layout.jwt_private, keys.to_pem(fresh), private=True),
+            files.Change(layout.jwt_public, keys.public_pem(fresh), private=False),
+        ]
+        for change in changes:
+            change.publish(replace=True)
+        files.flush(layout.directory)
+    return [layout.jwt_private, layout.jwt_public]
+
+
 def _whole(pair: Pair) -> bool:
     return pair.cert.exists() and pair.key.exists()
 

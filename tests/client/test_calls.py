@@ -6,8 +6,9 @@ import select
 import pytest
 
 from helixflow.core_rs import InvalidRequest, PoolClient, Prompt, Unavailable
+from helixflow.engine.scripted import Gate
 
-from .harness import LIMIT_S, Harness, events, request, run, serving, text_of
+from .harness import LIMIT_S, Harness, events, poll, request, run, serving, text_of
 
 
 def test_a_chat_streams_events_to_done() -> None:
@@ -42,6 +43,33 @@ def test_a_chat_without_stream_is_one_body() -> None:
         assert harness.wakes == 1
 
     with serving() as served:
+        run(test, [served.address])
+
+
+def test_acceptance_wakes_when_asked_for_and_tells_the_prompt_size() -> None:
+    async def test(harness: Harness) -> None:
+        await harness.ready()
+        prompts = [Prompt.text("a"), Prompt.tokens([5, 6])]
+        calls = [
+            harness.client.complete(
+                request(prompts=prompts), completion_id="cmpl-1", created=5, stream=False, wake_accepted=wake
+            )
+            for wake in (True, False)
+        ]
+        await harness.changed(calls[0])
+        assert (calls[0].accepted, calls[0].done, calls[0].take(), calls[0].usage) == (True, False, b"", None)
+        prompt_tokens = calls[0].prompt_tokens
+        assert prompt_tokens is not None
+        assert prompt_tokens > 2
+        await poll(lambda: calls[1].accepted, bool)
+        assert harness.wakes == 1
+        gate.open()
+        for call in calls:
+            body = json.loads(await harness.finish(call))
+            assert body["usage"]["prompt_tokens"] == call.prompt_tokens == prompt_tokens
+
+    gate = Gate()
+    with serving(gate=gate) as served:
         run(test, [served.address])
 
 

@@ -1,6 +1,8 @@
 """Cancelling, slow readers, pools that fail."""
 
 import gc
+import json
+from typing import Any
 
 from helixflow.core_rs import CoreError, Unavailable
 from helixflow.engine.scripted import Gate
@@ -23,6 +25,32 @@ def test_cancel_and_drop_free_the_slot() -> None:
         gc.collect()
         assert (await idle(served)).requests_cancelled == 2
         assert harness.client.pools()[0].outstanding == 0
+
+    with serving(tokens=0) as served:
+        run(test, [served.address])
+
+
+def test_a_cancelled_call_counts_what_had_arrived() -> None:
+    async def test(harness: Harness) -> None:
+        await harness.ready()
+        call = harness.chat()
+        taken = bytearray()
+        while b'"content":"' not in taken or text_of(parts(taken)) == "":
+            await harness.changed(call)
+            taken += call.take()
+        before = call.usage
+        call.cancel()
+        usage = call.usage
+        assert before is None
+        assert usage is not None
+        assert usage.prompt_tokens == call.prompt_tokens
+        assert usage.completion_tokens > 0
+        assert (usage.cached_tokens, usage.queue_us) == (0, 0)
+        assert usage.total_us >= usage.first_token_us > 0
+
+    def parts(taken: bytearray) -> list[Any]:
+        complete = taken[: taken.rfind(b"\n\n") + 2].decode()
+        return [json.loads(part.removeprefix("data: ")) for part in complete.split("\n\n") if part]
 
     with serving(tokens=0) as served:
         run(test, [served.address])
@@ -56,6 +84,9 @@ def test_a_failure_behind_the_first_text_is_an_event() -> None:
         assert text_of(chunks)
         assert chunks[-1]["error"]["code"] == "engine_failed"
         assert (call.finish_reason, call.error_code) == ("error", "engine_failed")
+        assert call.usage is not None
+        assert call.usage.prompt_tokens == call.prompt_tokens
+        assert call.usage.completion_tokens > 0
 
     with serving(tokens=0, fail_at_step=5) as served:
         run(test, [served.address])
@@ -68,6 +99,8 @@ def test_a_failure_of_a_body_is_raised() -> None:
         call = harness.chat(stream=False)
         error = await harness.failure(call)
         assert (error.code, error.retryable, call.error_code) == ("engine_failed", True, "engine_failed")
+        assert call.usage is not None
+        assert call.usage.prompt_tokens == call.prompt_tokens
 
     with serving(tokens=0, fail_at_step=5) as served:
         run(test, [served.address])
@@ -75,8 +108,10 @@ def test_a_failure_of_a_body_is_raised() -> None:
 
 def test_nothing_reachable_fails_at_once() -> None:
     async def test(harness: Harness) -> None:
-        error = await harness.failure(harness.chat())
+        call = harness.chat()
+        error = await harness.failure(call)
         assert isinstance(error, Unavailable)
+        assert (call.prompt_tokens, call.usage) == (None, None)
         assert str(error).startswith("no inference pool is reachable")
         assert error.retry_after_s == 1
         (pool,) = await harness.pools(lambda pools: pools[0].state == "ejected")
@@ -149,6 +184,8 @@ def test_close_ends_calls() -> None:
         harness.client.close()
         error = await harness.failure(call)
         assert (error.code, call.error_code) == ("unavailable", "unavailable")
+        assert call.usage is not None
+        assert (call.usage.prompt_tokens, call.usage.first_token_us) == (call.prompt_tokens, 0)
 
     with serving(gate=Gate()) as served:
         run(test, [served.address])

@@ -30,6 +30,7 @@ def make_config(pki: Layout, **options: str) -> Config:
     """A configuration from environment variables; the development profile unless said otherwise."""
     environ = {
         "HELIX_PROFILE": "development",
+        "HELIX_GATEWAY_ACCOUNTS": "false",
         "HELIX_CERTS": str(pki.directory),
         "HELIX_GATEWAY_LISTEN": "127.0.0.1:0",
         **options,

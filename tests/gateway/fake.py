@@ -78,6 +78,8 @@ class FakeCall:
     finish_reason: str | None = None
     error_code: str | None = None
     pool: str | None = "127.0.0.1:8501"
+    prompt_tokens: int | None = None
+    wake_accepted: bool = False
     failure: CoreError | None = None
     pending: bytearray = field(default_factory=bytearray)
     rendered: int = 0
@@ -96,10 +98,12 @@ class FakeCall:
     def cancel(self) -> None:
         if not self.done:
             self.cancelled = True
+            self._end("cancelled", "cancelled")
             self.client.cancelled.set()
 
     def say(self, data: bytes) -> None:
         self.accepted = True
+        self.prompt_tokens = FakeUsage().prompt_tokens
         self.pending += data
         self.client.announce(self)
 
@@ -110,11 +114,17 @@ class FakeCall:
         self.say(data)
 
     def fail(self, error: CoreError) -> None:
+        if not self.done:
+            self.failure = error
+            self._end("error", error.code)
+            self.client.announce(self)
+
+    def _end(self, reason: str, code: str) -> None:
         self.done = True
-        self.failure = error
-        self.error_code = error.code
-        self.finish_reason = "error"
-        self.client.announce(self)
+        self.finish_reason = reason
+        self.error_code = code
+        if self.accepted:
+            self.usage = FakeUsage(cached_tokens=0, completion_tokens=0, queue_us=0, first_token_us=0)
 
 
 class FakeClient:
@@ -141,8 +151,19 @@ class FakeClient:
         self._changed.add(call.id)
         os.eventfd_write(self._event, 1)
 
-    def chat(self, request: Any, *, completion_id: str, created: int, stream: bool, include_usage: bool = False) -> Any:
-        return self._start("chat", request.options["model"], stream, request, completion_id, include_usage)
+    def chat(
+        self,
+        request: Any,
+        *,
+        completion_id: str,
+        created: int,
+        stream: bool,
+        include_usage: bool = False,
+        wake_accepted: bool = False,
+    ) -> Any:
+        call = self._start("chat", request.options["model"], stream, request, completion_id, include_usage)
+        call.wake_accepted = wake_accepted
+        return call
 
     complete = chat
 
@@ -182,6 +203,8 @@ class FakeClient:
         elif model in ("stuck", "flood"):
             call.say(b"")
         elif not call.stream:
+            if call.wake_accepted:
+                call.say(b"")
             delay = WORDS * 0.02 if model == "slow" else 0.0
             self._loop.call_later(
                 delay, self._finish, call, orjson.dumps({"object": "answer", "id": call.arguments["name"]})

@@ -4,6 +4,7 @@ import contextlib
 import re
 import ssl
 from datetime import datetime
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,7 +14,6 @@ from helixflow.pki.layout import Layout
 from tests.gateway.conftest import KEY, Served, serving
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}
-KEY_HASH = "ci:" + "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"  # SHA-256 of "key"
 
 
 def error_of(answer: httpx.Response) -> dict[str, str | None]:
@@ -99,13 +99,12 @@ def test_scheme_of_the_key_has_no_case(served: Served) -> None:
     assert answer.status_code == 200
 
 
-def test_production_knows_its_own_keys_only(pki: Layout) -> None:
-    options = {"HELIX_PROFILE": "production", "HELIX_GATEWAY_KEYS": KEY_HASH}
-    with serving(pki, **options) as production, production.client() as client:
+def test_production_does_not_know_the_public_key(pki: Layout, tmp_path: Path) -> None:
+    options = {"HELIX_PROFILE": "production", "HELIX_GATEWAY_ACCOUNTS": "true", "HELIX_GATEWAY_AUTH": "127.0.0.1:1"}
+    with serving(pki, **options, HELIX_HOME=str(tmp_path)) as production, production.client() as client:
         assert client.get("/health").headers["strict-transport-security"] == "max-age=31536000"
         assert client.get("/v1/models").status_code == 401
         assert client.get("/v1/models", headers=KEY).status_code == 401
-        assert client.get("/v1/models", headers={"Authorization": "Bearer key"}).status_code == 200
         assert client.post("/tokenize", headers=KEY, json={}).status_code == 401
 
 

@@ -37,6 +37,7 @@ class Gateway:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("HELIX_")}
         environ |= {
             "HELIX_PROFILE": "development",
+            "HELIX_GATEWAY_ACCOUNTS": "false",
             "HELIX_CERTS": str(layout.directory),
             "HELIX_GATEWAY_LISTEN": "127.0.0.1:0",
             "HELIX_LOG_FORMAT": "json",

@@ -32,6 +32,7 @@ def environment(certs: Path, home: Path, **options: str) -> dict[str, str]:
         "HELIX_CERTS": str(certs),
         "HELIX_ENGINES": str(home / "engines"),
         "HELIX_GATEWAY_LISTEN": "127.0.0.1:0",
+        "HELIX_GATEWAY_ACCOUNTS": "false",
         "HELIX_POOL_LISTEN": "127.0.0.1:0",
         "HELIX_POOL_THREADS": "1",
         **options,

@@ -14,18 +14,18 @@ pub(super) async fn generate(
     running: Running,
     mut frames: Generation,
     mut renderer: Renderer,
-    stream: bool,
+    wake_accepted: bool,
 ) {
     let mut out = Vec::new();
     let mut finish = Finish::default();
     loop {
         match frames.next().await {
             Ok(Some(frame)) => {
-                let accepted = frame.accepted.is_some();
                 render(&frame, &mut renderer, &mut finish, &mut out);
-                if accepted {
-                    running.accepted(frames.pool(), stream);
+                if let Some(accepted) = &frame.accepted {
+                    running.accepted(frames.pool(), accepted, wake_accepted);
                 }
+                running.generated(frame.deltas.iter().map(|delta| delta.tokens).sum());
                 if frame.usage.is_none() && !out.is_empty() {
                     running.publish(&mut out).await;
                 }

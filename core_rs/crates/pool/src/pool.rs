@@ -127,13 +127,14 @@ impl Pool {
     /// Starts the gRPC server: inference, health, reflection. It answers before an engine runs, as not ready.
     ///
     /// # Errors
-    /// See [`Services::new`].
+    /// See [`Server::start`].
     pub async fn serve(&self, listener: Listener) -> Result<Server, CoreError> {
-        let services = Services::new()?.with(Service::new(Arc::clone(&self.shared)).into_server());
+        let services =
+            Services::default().with(Service::new(Arc::clone(&self.shared)).into_server());
         let health = services.health();
         let mut state = self.shared.state.subscribe();
         state.mark_changed();
-        let server = Server::start(listener, services, Limits::default()).await;
+        let server = Server::start(listener, services, Limits::default()).await?;
         tokio::spawn(async move {
             while state.changed().await.is_ok() {
                 let ready = state.borrow_and_update().ready;

@@ -26,12 +26,20 @@ pub enum Code {
     ContextLengthExceeded,
     /// The API key is missing, unknown or revoked.
     InvalidApiKey,
+    /// An access or refresh token is malformed, expired, used before or revoked.
+    InvalidToken,
+    /// No user has this e-mail and password.
+    InvalidCredentials,
     /// The principal may not do this.
     PermissionDenied,
+    /// The password was made for one use; a new one must be set.
+    PasswordChangeRequired,
     /// No such model.
     ModelNotFound,
     /// No such resource.
     NotFound,
+    /// It exists already, or was changed in the meantime.
+    Conflict,
     /// The resource does not support the method.
     MethodNotAllowed,
     /// The body or message is over the limit.
@@ -40,6 +48,12 @@ pub enum Code {
     UnsupportedMediaType,
     /// The queue is full; try again later.
     QueueFull,
+    /// A limit per minute, or of requests at a time, is used up.
+    RateLimitExceeded,
+    /// A budget per day or month is used up.
+    InsufficientQuota,
+    /// Too many wrong passwords; the user is locked for a while.
+    AccountLocked,
     /// The caller went away or asked for an end.
     Cancelled,
     /// A bug.
@@ -50,6 +64,8 @@ pub enum Code {
     Unavailable,
     /// The service is about to stop and takes nothing new.
     Draining,
+    /// What a request uses could not be recorded.
+    LedgerFull,
     /// The deadline passed.
     DeadlineExceeded,
     /// A model file is missing, damaged or not supported.
@@ -108,18 +124,26 @@ rows! {
     UnsupportedParameter "unsupported_parameter" 400 InvalidArgument "invalid_request_error" false;
     ContextLengthExceeded "context_length_exceeded" 400 InvalidArgument "invalid_request_error" false;
     InvalidApiKey "invalid_api_key" 401 Unauthenticated "authentication_error" false;
+    InvalidToken "invalid_token" 401 Unauthenticated "authentication_error" false;
+    InvalidCredentials "invalid_credentials" 401 Unauthenticated "authentication_error" false;
     PermissionDenied "permission_denied" 403 PermissionDenied "permission_error" false;
+    PasswordChangeRequired "password_change_required" 403 PermissionDenied "permission_error" false;
     ModelNotFound "model_not_found" 404 NotFound "invalid_request_error" false;
     NotFound "not_found" 404 NotFound "invalid_request_error" false;
+    Conflict "conflict" 409 AlreadyExists "invalid_request_error" false;
     MethodNotAllowed "method_not_allowed" 405 Unimplemented "invalid_request_error" false;
     PayloadTooLarge "payload_too_large" 413 OutOfRange "invalid_request_error" false;
     UnsupportedMediaType "unsupported_media_type" 415 InvalidArgument "invalid_request_error" false;
     QueueFull "queue_full" 429 ResourceExhausted "rate_limit_error" true;
+    RateLimitExceeded "rate_limit_exceeded" 429 ResourceExhausted "rate_limit_error" true;
+    InsufficientQuota "insufficient_quota" 429 ResourceExhausted "insufficient_quota" false;
+    AccountLocked "account_locked" 429 ResourceExhausted "authentication_error" true;
     Cancelled "cancelled" 499 Cancelled "cancelled" false;
     Internal "internal" 500 Internal "server_error" false;
     EngineFailed "engine_failed" 503 Aborted "server_error" true;
     Unavailable "unavailable" 503 Unavailable "server_error" true;
     Draining "draining" 503 Unavailable "server_error" true;
+    LedgerFull "ledger_full" 503 Unavailable "server_error" true;
     DeadlineExceeded "deadline_exceeded" 504 DeadlineExceeded "timeout_error" true;
     ModelFileError "model_file_error" 500 FailedPrecondition "server_error" false;
     TlsError "tls_error" 500 FailedPrecondition "server_error" false;
@@ -143,6 +167,7 @@ impl Code {
             tonic::Code::Unauthenticated => Self::InvalidApiKey,
             tonic::Code::PermissionDenied => Self::PermissionDenied,
             tonic::Code::NotFound => Self::NotFound,
+            tonic::Code::AlreadyExists => Self::Conflict,
             tonic::Code::Unimplemented => Self::MethodNotAllowed,
             tonic::Code::OutOfRange => Self::PayloadTooLarge,
             tonic::Code::ResourceExhausted => Self::QueueFull,
@@ -284,7 +309,7 @@ mod tests {
             assert_eq!(Code::from_name(row.name), Some(row.code));
             assert!((400..600).contains(&row.http));
         }
-        assert_eq!(ROWS.len(), 19);
+        assert_eq!(ROWS.len(), 27);
     }
 
     #[test]

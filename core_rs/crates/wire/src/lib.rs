@@ -6,8 +6,12 @@
 //! in the binary trailer `helix-error-bin`.
 
 pub mod client;
+mod connection;
 pub mod error;
+pub mod rpc;
 pub mod server;
+#[cfg(test)]
+mod testing;
 
 /// Messages, clients and services generated from `core_rs/proto`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic)]

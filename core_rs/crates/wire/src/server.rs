@@ -20,11 +20,13 @@ use tonic::server::NamedService;
 use tonic::service::Routes;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
+use tonic_reflection::server::Builder;
 use tower::Service;
 use tracing::{debug, info, warn};
 
 use crate::DESCRIPTORS;
 use crate::error::{Code, CoreError};
+use crate::rpc::Raw;
 
 /// A dead peer is noticed after at most twice this time.
 const KEEPALIVE: Duration = Duration::from_secs(20);
@@ -119,6 +121,7 @@ impl Listener {
 /// The services of one server: the caller's own, health and reflection.
 pub struct Services {
     routes: Routes,
+    raw: Option<Arc<Raw>>,
     health: Health,
 }
 
@@ -126,7 +129,7 @@ pub struct Services {
 #[derive(Clone)]
 pub struct Health {
     reporter: HealthReporter,
-    names: Vec<&'static str>,
+    names: Vec<String>,
 }
 
 impl Health {
@@ -144,34 +147,23 @@ impl Health {
     }
 }
 
-impl Services {
+impl Default for Services {
     /// Health and reflection only.
-    ///
-    /// # Errors
-    /// `internal` when the compiled-in descriptors are damaged.
-    pub fn new() -> Result<Self, CoreError> {
-        let (reporter, health) = tonic_health::server::health_reporter();
-        let reflection = || {
-            tonic_reflection::server::Builder::configure()
-                .register_encoded_file_descriptor_set(DESCRIPTORS)
-                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        };
-        let damaged = |error| {
-            CoreError::new(
-                Code::Internal,
-                format!("gRPC reflection cannot be built: {error}"),
-            )
-        };
-        let routes = Routes::new(health)
-            .add_service(reflection().build_v1().map_err(damaged)?)
-            .add_service(reflection().build_v1alpha().map_err(damaged)?);
+    fn default() -> Self {
+        let (reporter, service) = tonic_health::server::health_reporter();
         let health = Health {
             reporter,
             names: Vec::new(),
         };
-        Ok(Self { routes, health })
+        Self {
+            routes: Routes::new(service),
+            raw: None,
+            health,
+        }
     }
+}
 
+impl Services {
     /// Adds a generated service.
     #[must_use]
     pub fn with<S>(mut self, service: S) -> Self
@@ -188,8 +180,40 @@ impl Services {
         S::Future: Send + 'static,
     {
         self.routes = self.routes.add_service(service);
-        self.health.names.push(S::NAME);
+        self.health.names.push(S::NAME.to_owned());
         self
+    }
+
+    /// Adds the services that are served as bytes, once.
+    #[must_use]
+    pub fn with_raw(mut self, raw: Raw) -> Self {
+        self.health.names.extend_from_slice(raw.services());
+        self.raw = Some(Arc::new(raw));
+        self
+    }
+
+    /// The routes of everything but the raw services; reflection lists what is served here.
+    fn routes(&self) -> Result<Routes, CoreError> {
+        let reflection = || {
+            let builder = Builder::configure()
+                .register_encoded_file_descriptor_set(DESCRIPTORS)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                .with_service_name("grpc.health.v1.Health");
+            let names = self.health.names.iter();
+            names.fold(builder, Builder::with_service_name)
+        };
+        let damaged = |error| {
+            CoreError::new(
+                Code::Internal,
+                format!("gRPC reflection cannot be built: {error}"),
+            )
+        };
+        Ok(self
+            .routes
+            .clone()
+            .add_service(reflection().build_v1().map_err(damaged)?)
+            .add_service(reflection().build_v1alpha().map_err(damaged)?)
+            .prepare())
     }
 
     /// The switch of the health service.
@@ -207,22 +231,30 @@ pub struct Server {
 
 impl Server {
     /// Starts to accept connections. Must be called inside a tokio runtime.
-    pub async fn start(listener: Listener, services: Services, limits: Limits) -> Self {
+    ///
+    /// # Errors
+    /// `internal` when the compiled-in descriptors are damaged.
+    pub async fn start(
+        listener: Listener,
+        services: Services,
+        limits: Limits,
+    ) -> Result<Self, CoreError> {
         services.health.set(false).await;
         let stopping = watch::Sender::new(false);
         let address = listener.address;
         let front = Arc::new(Front {
-            routes: services.routes.prepare(),
+            routes: services.routes()?,
+            raw: services.raw,
             limits,
             stopping: stopping.subscribe(),
             tls: listener.tls,
         });
         let accepting = tokio::spawn(accept(listener.tcp, front));
-        Self {
+        Ok(Self {
             address,
             stopping,
             accepting,
-        }
+        })
     }
 
     /// The bound address.
@@ -253,6 +285,7 @@ impl Drop for Server {
 /// What every connection of a server shares.
 struct Front {
     routes: Routes,
+    raw: Option<Arc<Raw>>,
     limits: Limits,
     stopping: watch::Receiver<bool>,
     tls: Option<Arc<ServerTls>>,
@@ -339,11 +372,16 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let from = caller.address;
-    let routes = front.routes.clone();
+    let (routes, raw) = (front.routes.clone(), front.raw.clone());
     let service = service_fn(move |mut request: http::Request<Incoming>| {
         request.extensions_mut().insert(caller.clone());
-        let mut routes = routes.clone();
+        let (mut routes, raw) = (routes.clone(), raw.clone());
         async move {
+            if let Some(raw) = raw
+                && let Some(method) = raw.find(request.uri().path())
+            {
+                return Ok(raw.serve(method, request).await);
+            }
             poll_fn(|cx| Service::<http::Request<Incoming>>::poll_ready(&mut routes, cx)).await?;
             routes.call(request).await
         }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use http::uri::PathAndQuery;
 use tonic::Streaming;
 
-use super::codec::{self, Codec};
+use super::codec::Codec;
 use super::pool::Lease;
 use super::{Attempts, Shared};
+use crate::connection;
 use crate::error::{Code, CoreError};
 use crate::v1::{FinishReason, GenerateFrame, GenerateRequest};
 
@@ -172,7 +173,7 @@ async fn start(
 ) -> Result<Streaming<GenerateFrame>, CoreError> {
     let mut grpc = lease.channel.grpc();
     grpc.ready().await?;
-    let message = codec::request(Arc::clone(request), &request.request_id);
+    let message = connection::request(Arc::clone(request), &request.request_id);
     let path = PathAndQuery::from_static("/helixflow.v1.Inference/Generate");
     let response = grpc
         .server_streaming(message, path, Codec::default())

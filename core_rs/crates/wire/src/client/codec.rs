@@ -4,8 +4,8 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use prost::Message;
+use tonic::Status;
 use tonic::codec::{BufferSettings, DecodeBuf, Decoder, EncodeBuf, Encoder};
-use tonic::{Request, Status};
 
 /// Most calls are a few hundred bytes; a buffer of each is held for the whole call.
 const BUFFER: usize = 1024;
@@ -66,13 +66,4 @@ impl<T, U: Message + Default> Decoder for Codec<T, U> {
     fn buffer_settings(&self) -> BufferSettings {
         BufferSettings::new(BUFFER, YIELD_AT)
     }
-}
-
-/// A request that carries its id, for the pool's log lines.
-pub(super) fn request<T>(message: Arc<T>, request_id: &str) -> Request<Arc<T>> {
-    let mut request = Request::new(message);
-    if let Ok(id) = request_id.parse() {
-        request.metadata_mut().insert("x-request-id", id);
-    }
-    request
 }

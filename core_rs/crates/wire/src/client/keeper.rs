@@ -1,20 +1,16 @@
 //! The task that keeps one pool: connects, watches its state, ejects it, takes it back.
 
 use std::error::Error as _;
-use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
-use std::time::Duration;
 
-use h2::{Ping, PingPong};
 use http::uri::PathAndQuery;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Streaming;
 
-use super::Options;
-use super::channel::{Channel, Connected, Endpoint};
-use super::codec::{self, Codec};
+use super::codec::Codec;
 use super::pool::{Pool, State};
+use crate::connection::{Channel, Connected, Endpoint, Options, jitter, pings, request, swapped};
 use crate::error::CoreError;
 use crate::v1;
 
@@ -138,43 +134,11 @@ fn reason(status: tonic::Status) -> String {
 async fn open_watch(channel: &Channel) -> Result<Watch, String> {
     let mut grpc = channel.grpc();
     grpc.ready().await.map_err(reason)?;
-    let request = codec::request(Arc::new(v1::WatchRequest {}), "");
+    let request = request(Arc::new(v1::WatchRequest {}), "");
     let path = PathAndQuery::from_static("/helixflow.v1.Inference/Watch");
     let response = grpc
         .server_streaming(request, path, Codec::default())
         .await
         .map_err(reason)?;
     Ok(response.into_inner())
-}
-
-/// Ends when a ping was not answered in time.
-async fn pings(ping: Option<PingPong>, options: Options) {
-    let Some(mut ping) = ping else {
-        return std::future::pending().await;
-    };
-    loop {
-        sleep(options.ping_interval).await;
-        match timeout(options.ping_timeout, ping.ping(Ping::opaque())).await {
-            Ok(Ok(_)) => {}
-            // A broken connection: the watch stream tells more.
-            Ok(Err(_)) => return std::future::pending().await,
-            Err(_) => return,
-        }
-    }
-}
-
-async fn swapped(swaps: Option<&mut watch::Receiver<u64>>) {
-    let changed = match swaps {
-        Some(swaps) => swaps.changed().await.is_ok(),
-        None => false,
-    };
-    if !changed {
-        std::future::pending::<()>().await;
-    }
-}
-
-/// Between half of `pause` and all of it: clients that lost a pool together come back apart.
-fn jitter(pause: Duration) -> Duration {
-    let random = RandomState::new().hash_one(0_u8) % 1000;
-    pause / 2 + (pause / 2000) * u32::try_from(random).unwrap_or_default()
 }

@@ -5,7 +5,6 @@
 //! outstanding work, and to another one when it fails before anything of its answer was seen.
 
 mod call;
-mod channel;
 mod codec;
 mod keeper;
 mod pool;
@@ -14,51 +13,24 @@ mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use http::uri::PathAndQuery;
 use prost::Message;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::connection::{self, Endpoint};
 use crate::error::{Code, CoreError};
 use crate::v1;
 
+pub use crate::connection::{Options, Transport};
 pub use call::Generation;
-pub use channel::Transport;
 pub use pool::{PoolView, State};
 
 use pool::{Lease, Pool};
 
-/// Limits and times of a [`PoolSet`].
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// For TCP, TLS and HTTP/2 set-up of one attempt.
-    pub connect_timeout: Duration,
-    /// First pause behind a failure; each further one is twice as long (with jitter).
-    pub backoff_min: Duration,
-    /// Longest pause behind a failure.
-    pub backoff_max: Duration,
-    /// Time between two pings of a connection.
-    pub ping_interval: Duration,
-    /// A pool that does not answer a ping for this long is ejected and its calls fail.
-    pub ping_timeout: Duration,
-    /// Unread bytes of one call that the pool may send (HTTP/2 flow control).
-    pub stream_window: u32,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            connect_timeout: Duration::from_secs(2),
-            backoff_min: Duration::from_millis(50),
-            backoff_max: Duration::from_secs(2),
-            ping_interval: Duration::from_secs(5),
-            ping_timeout: Duration::from_secs(10),
-            stream_window: 64 * 1024,
-        }
-    }
-}
+/// What the servers are, for messages.
+const PEER: &str = "inference pool";
 
 /// A set of inference pools. Dropping it ends the keepers; calls under way go on.
 pub struct PoolSet {
@@ -79,16 +51,7 @@ impl PoolSet {
         transport: &Transport,
         options: &Options,
     ) -> Result<Self, CoreError> {
-        if addresses.is_empty() {
-            return Err(CoreError::invalid(
-                "addresses",
-                "the list of pool addresses is empty; name at least one",
-            ));
-        }
-        let endpoints = addresses
-            .iter()
-            .map(|address| channel::Endpoint::new(address, transport, options))
-            .collect::<Result<Vec<_>, _>>()?;
+        let endpoints = Endpoint::all(addresses, PEER, transport, options)?;
         let changes = watch::Sender::new(0);
         let mut keepers = JoinSet::new();
         let mut pools = Vec::with_capacity(endpoints.len());
@@ -199,7 +162,7 @@ impl Caller {
         loop {
             let lease = attempts.next(&self.0, model, 1)?;
             let mut grpc = lease.channel.grpc();
-            let request = codec::request(Arc::clone(&message), request_id);
+            let request = connection::request(Arc::clone(&message), request_id);
             let outcome = match grpc.ready().await {
                 Ok(()) => {
                     grpc.unary(

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::RwLock;
 
-use super::channel::Channel;
+use crate::connection::Channel;
 use crate::v1;
 
 /// What a pool can do for a call.

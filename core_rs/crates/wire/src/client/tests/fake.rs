@@ -223,10 +223,10 @@ pub(super) fn fake(answer: Answer) -> Arc<Fake> {
 
 pub(super) async fn serve(fake: Arc<Fake>, listen: &str, tls: Option<Arc<ServerTls>>) -> Running {
     let listener = Listener::bind(listen, tls).await.unwrap();
-    let services = Services::new()
-        .unwrap()
-        .with(InferenceServer::new(Arc::clone(&fake)));
-    let server = Server::start(listener, services, Limits::default()).await;
+    let services = Services::default().with(InferenceServer::new(Arc::clone(&fake)));
+    let server = Server::start(listener, services, Limits::default())
+        .await
+        .unwrap();
     Running { fake, server }
 }
 

@@ -1,4 +1,4 @@
-//! Wake-ups from tokio to an event loop: one list of calls, one eventfd.
+//! Wake-ups from tokio to an event loop: one list, one eventfd.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -10,39 +10,69 @@ use helix_wire::error::{Code, CoreError};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::call::Shared;
-
-/// Calls that changed, and the eventfd that says so.
-pub(crate) struct Ready {
-    calls: Mutex<Vec<Arc<Shared>>>,
+/// What is ready, and the eventfd that says so.
+pub(crate) struct Ready<T> {
+    items: Mutex<Vec<T>>,
     event: File,
     filled: Notify,
     closed: AtomicBool,
 }
 
-impl Ready {
-    pub(super) fn new() -> Result<Self, CoreError> {
+/// A call's place on the list: it is there at most once.
+pub(crate) struct Ticket {
+    pub(crate) id: u64,
+    listed: AtomicBool,
+}
+
+impl Ticket {
+    pub(crate) fn new(id: u64) -> Self {
+        Self {
+            id,
+            listed: AtomicBool::new(false),
+        }
+    }
+}
+
+impl<T: AsRef<Ticket>> Ready<Arc<T>> {
+    /// Puts a call on the list, once until the list is drained.
+    pub(crate) fn mark(&self, call: &Arc<T>) {
+        let ticket: &Ticket = (**call).as_ref();
+        if !ticket.listed.swap(true, Ordering::AcqRel) {
+            self.push(Arc::clone(call));
+        }
+    }
+
+    /// Takes the calls off the list and resets the eventfd.
+    pub(crate) fn drain_ids(&self) -> Vec<u64> {
+        let unlist = |call: Arc<T>| {
+            let ticket: &Ticket = (*call).as_ref();
+            ticket.listed.store(false, Ordering::Release);
+            ticket.id
+        };
+        self.drain().into_iter().map(unlist).collect()
+    }
+}
+
+impl<T> Ready<T> {
+    pub(crate) fn new() -> Result<Self, CoreError> {
         Ok(Self {
-            calls: Mutex::default(),
+            items: Mutex::default(),
             event: eventfd()?,
             filled: Notify::new(),
             closed: AtomicBool::new(false),
         })
     }
 
-    pub(super) fn fileno(&self) -> i32 {
+    pub(crate) fn fileno(&self) -> i32 {
         self.event.as_raw_fd()
     }
 
-    /// Puts a call on the list, once until the list is drained.
-    pub(crate) fn mark(&self, call: &Arc<Shared>) {
-        if call.listed.swap(true, Ordering::AcqRel) {
-            return;
-        }
+    /// Puts something on the list.
+    pub(crate) fn push(&self, item: T) {
         let first = {
-            let mut calls = self.calls.lock();
-            calls.push(Arc::clone(call));
-            calls.len() == 1
+            let mut items = self.items.lock();
+            items.push(item);
+            items.len() == 1
         };
         if !first {
             return;
@@ -55,19 +85,14 @@ impl Ready {
     }
 
     /// Takes the list and resets the eventfd.
-    pub(super) fn drain(&self) -> Vec<u64> {
-        // Before the list is taken: a call that comes in between leaves a needless wake-up, never a lost one.
+    pub(crate) fn drain(&self) -> Vec<T> {
+        // Before the list is taken: what comes in between leaves a needless wake-up, never a lost one.
         let _ = (&self.event).read(&mut [0; 8]);
-        let calls = std::mem::take(&mut *self.calls.lock());
-        let unlist = |call: &Arc<Shared>| {
-            call.listed.store(false, Ordering::Release);
-            call.id
-        };
-        calls.iter().map(unlist).collect()
+        std::mem::take(&mut *self.items.lock())
     }
 
     /// From here on nobody but the marking thread signals.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.signal();
     }
@@ -79,7 +104,7 @@ impl Ready {
 }
 
 /// Signals the event loop once per round of ready tasks, not once per call.
-pub(super) async fn flush(ready: Arc<Ready>) {
+pub(crate) async fn flush<T>(ready: Arc<Ready<T>>) {
     loop {
         ready.filled.notified().await;
         // Comes back when the other tasks that can run have run: their calls travel with this signal.

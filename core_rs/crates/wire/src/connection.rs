@@ -1,10 +1,12 @@
-//! One HTTP/2 connection to a pool, as a service that tonic can call.
+//! One HTTP/2 connection to another service, as a service that tonic can call.
 //!
 //! Built on `h2` without a layer between: a call costs no task and no channel hop, dropping it resets its stream
-//! at once, and the limits of the connection are ours to set. The pool is authenticated by mutual TLS, so limits
+//! at once, and the limits of the connection are ours to set. The peer is authenticated by mutual TLS, so limits
 //! that guard against hostile peers give way to those that keep calls apart.
 
+use std::error::Error as _;
 use std::future::{Future, poll_fn};
+use std::hash::{BuildHasher, RandomState};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -12,27 +14,58 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
-use h2::{PingPong, RecvStream, SendStream};
+use h2::{Ping, PingPong, Reason, RecvStream, SendStream};
 use helix_tls::ClientTls;
 use http::{HeaderMap, Uri};
 use http_body::{Body, Frame};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::task::AbortHandle;
-use tonic::Status;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
 use tonic::client::Grpc;
+use tonic::{Request, Status};
 
-use super::Options;
 use crate::error::CoreError;
 
 /// Slow readers may hold a whole stream window each; the connection must not run out because of them.
 const CONNECTION_WINDOW: u32 = 1 << 30;
-/// Calls that were cancelled while the pool still sent: remembered for a while, so that late frames are ignored.
+/// Calls that were cancelled while the peer still sent: remembered for a while, so that late frames are ignored.
 const RESET_STREAMS: usize = 8192;
 /// An echo with log probabilities of a long prompt is one large message.
 const MAX_MESSAGE: usize = 64 << 20;
 
-/// How pools are reached.
+/// Limits and times of the connections to one kind of service.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// For TCP, TLS and HTTP/2 set-up of one attempt.
+    pub connect_timeout: Duration,
+    /// First pause behind a failure; each further one is twice as long (with jitter).
+    pub backoff_min: Duration,
+    /// Longest pause behind a failure.
+    pub backoff_max: Duration,
+    /// Time between two pings of a connection.
+    pub ping_interval: Duration,
+    /// A peer that does not answer a ping for this long is given up and its calls fail.
+    pub ping_timeout: Duration,
+    /// Unread bytes of one call that the peer may send (HTTP/2 flow control).
+    pub stream_window: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(2),
+            backoff_min: Duration::from_millis(50),
+            backoff_max: Duration::from_secs(2),
+            ping_interval: Duration::from_secs(5),
+            ping_timeout: Duration::from_secs(10),
+            stream_window: 64 * 1024,
+        }
+    }
+}
+
+/// How a service is reached.
 #[derive(Clone)]
 pub enum Transport {
     /// Without TLS: loopback addresses only.
@@ -41,9 +74,11 @@ pub enum Transport {
     Tls(Arc<ClientTls>),
 }
 
-/// Where one pool is, and how to connect to it.
-pub(super) struct Endpoint {
+/// Where one server is, and how to connect to it.
+pub(crate) struct Endpoint {
     address: Arc<str>,
+    /// What it is, for messages.
+    peer: Arc<str>,
     host: String,
     port: u16,
     transport: Transport,
@@ -53,21 +88,37 @@ pub(super) struct Endpoint {
 }
 
 /// A fresh connection.
-pub(super) struct Connected {
-    pub(super) channel: Channel,
-    pub(super) ping: Option<PingPong>,
+pub(crate) struct Connected {
+    pub(crate) channel: Channel,
+    pub(crate) ping: Option<PingPong>,
     /// Aborting it cuts every call of the connection; otherwise it ends with the last of them.
-    pub(super) driver: AbortHandle,
+    pub(crate) driver: JoinHandle<()>,
 }
 
 impl Endpoint {
-    pub(super) fn new(
+    /// One for each address (`host:port`), of which there must be one at least.
+    pub(crate) fn all(
+        addresses: &[String],
+        peer: &str,
+        transport: &Transport,
+        options: &Options,
+    ) -> Result<Vec<Self>, CoreError> {
+        if addresses.is_empty() {
+            let empty = format!("the list of {peer} addresses is empty; name at least one");
+            return Err(CoreError::invalid("addresses", empty));
+        }
+        let endpoint = |address: &String| Self::new(address, peer, transport, options);
+        addresses.iter().map(endpoint).collect()
+    }
+
+    fn new(
         address: &str,
+        peer: &str,
         transport: &Transport,
         options: &Options,
     ) -> Result<Self, CoreError> {
         let wrong = |what: &str| {
-            CoreError::invalid("addresses", format!("pool address {address:?} {what}"))
+            CoreError::invalid("addresses", format!("{peer} address {address:?} {what}"))
         };
         let (host, port) = address
             .rsplit_once(':')
@@ -92,6 +143,7 @@ impl Endpoint {
             .map_err(|_| wrong("is not host:port"))?;
         Ok(Self {
             address: address.into(),
+            peer: peer.into(),
             host: host.to_owned(),
             port,
             transport: transport.clone(),
@@ -101,12 +153,12 @@ impl Endpoint {
         })
     }
 
-    pub(super) fn address(&self) -> Arc<str> {
+    pub(crate) fn address(&self) -> Arc<str> {
         Arc::clone(&self.address)
     }
 
     /// Counts the swaps of our certificates; `None` without TLS.
-    pub(super) fn swaps(&self) -> Option<tokio::sync::watch::Receiver<u64>> {
+    pub(crate) fn swaps(&self) -> Option<watch::Receiver<u64>> {
         match &self.transport {
             Transport::Plain => None,
             Transport::Tls(tls) => Some(tls.swaps()),
@@ -114,7 +166,7 @@ impl Endpoint {
     }
 
     /// TCP, TLS and HTTP/2, all within the connect timeout. The error is for people.
-    pub(super) async fn connect(&self) -> Result<Connected, String> {
+    pub(crate) async fn connect(&self) -> Result<Connected, String> {
         let limit = self.connect_timeout;
         let attempt = async {
             match &self.transport {
@@ -129,7 +181,7 @@ impl Endpoint {
             }
         };
         let limit_text = || format!("no connection within {} ms", limit.as_millis());
-        tokio::time::timeout(limit, attempt)
+        timeout(limit, attempt)
             .await
             .unwrap_or_else(|_| Err(limit_text()))
     }
@@ -172,44 +224,81 @@ impl Endpoint {
         let address = Arc::clone(&self.address);
         let driver = tokio::spawn(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(pool = %address, %error, "connection ended");
+                tracing::debug!(peer = %address, %error, "connection ended");
             }
         });
         let channel = Channel {
             sender,
-            address: Arc::clone(&self.address),
+            name: Name {
+                address: Arc::clone(&self.address),
+                peer: Arc::clone(&self.peer),
+            },
             origin: self.origin.clone(),
         };
         Ok(Connected {
             channel,
             ping,
-            driver: driver.abort_handle(),
+            driver,
         })
     }
 }
 
 /// A connection that can be cloned for every call. It closes when the last clone and the last call are gone.
 #[derive(Clone)]
-pub(super) struct Channel {
+pub(crate) struct Channel {
     sender: SendRequest<Bytes>,
-    address: Arc<str>,
+    name: Name,
     origin: Uri,
+}
+
+#[derive(Clone)]
+struct Name {
+    address: Arc<str>,
+    peer: Arc<str>,
 }
 
 impl Channel {
     /// A client for one call.
-    pub(super) fn grpc(&self) -> Grpc<Self> {
+    pub(crate) fn grpc(&self) -> Grpc<Self> {
         Grpc::with_origin(self.clone(), self.origin.clone()).max_decoding_message_size(MAX_MESSAGE)
     }
 }
 
-/// The message may reach the platform's clients, so the address and the cause stay in the source.
-fn broken(address: &str, error: &h2::Error) -> Status {
-    let mut status =
-        Status::unavailable("the connection to the inference pool broke; send the request again");
-    let cause = format!("the connection to {address} broke: {error}");
-    status.set_source(Arc::new(std::io::Error::other(cause)));
-    status
+/// Why a call found its connection broken. It names addresses, so it stays behind the message, which may reach
+/// the platform's clients.
+#[derive(Debug, thiserror::Error)]
+#[error("{cause}")]
+struct Broken {
+    cause: String,
+    untouched: bool,
+}
+
+impl Name {
+    /// `sent`: the request had left.
+    fn broken(&self, error: &h2::Error, sent: bool) -> Status {
+        // RFC 9113, 6.8 and 8.7: what the peer refuses with these it has not looked at.
+        let refused = error.is_remote()
+            && match error.reason() {
+                Some(Reason::REFUSED_STREAM) => error.is_reset(),
+                Some(Reason::NO_ERROR) => error.is_go_away(),
+                _ => false,
+            };
+        let mut status = Status::unavailable(format!(
+            "the connection to the {} broke; send the request again",
+            self.peer
+        ));
+        status.set_source(Arc::new(Broken {
+            cause: format!("the connection to {} broke: {error}", self.address),
+            untouched: !sent || refused,
+        }));
+        status
+    }
+}
+
+/// Whether the peer has not looked at the request that failed with this status.
+pub(crate) fn untouched(status: &Status) -> bool {
+    let broken = status.source().and_then(|source| source.downcast_ref());
+    broken.is_some_and(|broken: &Broken| broken.untouched)
 }
 
 impl tower::Service<http::Request<tonic::body::Body>> for Channel {
@@ -220,7 +309,7 @@ impl tower::Service<http::Request<tonic::body::Body>> for Channel {
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
         self.sender
             .poll_ready(context)
-            .map_err(|error| broken(&self.address, &error))
+            .map_err(|error| self.name.broken(&error, false))
     }
 
     fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
@@ -228,14 +317,14 @@ impl tower::Service<http::Request<tonic::body::Body>> for Channel {
         let sent = self
             .sender
             .send_request(http::Request::from_parts(parts, ()), false);
-        let address = Arc::clone(&self.address);
+        let name = self.name.clone();
         Box::pin(async move {
-            let (response, stream) = sent.map_err(|error| broken(&address, &error))?;
+            let (response, stream) = sent.map_err(|error| name.broken(&error, false))?;
             send(body, stream).await?;
-            let response = response.await.map_err(|error| broken(&address, &error))?;
+            let response = response.await.map_err(|error| name.broken(&error, true))?;
             Ok(response.map(|stream| Answer {
                 stream,
-                address,
+                name,
                 data_done: false,
             }))
         })
@@ -262,9 +351,9 @@ async fn send(body: tonic::body::Body, mut stream: SendStream<Bytes>) -> Result<
 }
 
 /// Body of an answer. Dropping it before its end resets the stream.
-pub(super) struct Answer {
+pub(crate) struct Answer {
     stream: RecvStream,
-    address: Arc<str>,
+    name: Name,
     data_done: bool,
 }
 
@@ -283,18 +372,64 @@ impl Body for Answer {
                     // Only what is consumed is given back: an unread stream fills its window and no more.
                     let released = this.stream.flow_control().release_capacity(data.len());
                     let frame = released.map(|()| Frame::data(data));
-                    return Poll::Ready(Some(frame.map_err(|error| broken(&this.address, &error))));
+                    return Poll::Ready(Some(
+                        frame.map_err(|error| this.name.broken(&error, true)),
+                    ));
                 }
-                Some(Err(error)) => return Poll::Ready(Some(Err(broken(&this.address, &error)))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(this.name.broken(&error, true)))),
                 None => this.data_done = true,
             }
         }
         let trailers: Option<HeaderMap> = ready!(this.stream.poll_trailers(context))
-            .map_err(|error| broken(&this.address, &error))?;
+            .map_err(|error| this.name.broken(&error, true))?;
         Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
     }
 
     fn is_end_stream(&self) -> bool {
         self.stream.is_end_stream()
     }
+}
+
+/// A request that carries its id, for the peer's log lines.
+pub(crate) fn request<T>(message: T, request_id: &str) -> Request<T> {
+    let mut request = Request::new(message);
+    if !request_id.is_empty()
+        && let Ok(id) = request_id.parse()
+    {
+        request.metadata_mut().insert("x-request-id", id);
+    }
+    request
+}
+
+/// Ends when a ping was not answered in time.
+pub(crate) async fn pings(ping: Option<PingPong>, options: Options) {
+    let Some(mut ping) = ping else {
+        return std::future::pending().await;
+    };
+    loop {
+        sleep(options.ping_interval).await;
+        match timeout(options.ping_timeout, ping.ping(Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            // A broken connection: its driver and its streams tell more.
+            Ok(Err(_)) => return std::future::pending().await,
+            Err(_) => return,
+        }
+    }
+}
+
+/// Completes when our certificates were swapped.
+pub(crate) async fn swapped(swaps: Option<&mut watch::Receiver<u64>>) {
+    let changed = match swaps {
+        Some(swaps) => swaps.changed().await.is_ok(),
+        None => false,
+    };
+    if !changed {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Between half of `pause` and all of it: clients that lost a server together come back apart.
+pub(crate) fn jitter(pause: Duration) -> Duration {
+    let random = RandomState::new().hash_one(0_u8) % 1000;
+    pause / 2 + (pause / 2000) * u32::try_from(random).unwrap_or_default()
 }

@@ -1,0 +1,1 @@
+"""The command line of accounts: users, keys, limits, prices, usage, audit."""

@@ -1,0 +1,152 @@
+"""AdminService: organisations, users and keys; the rest of its methods is in `admin_usage`."""
+
+from typing import Any
+
+from helixflow.auth import api_keys, fields, organisations, users
+from helixflow.auth.admin_usage import UsageMethods
+from helixflow.auth.desk import Desk, Handler, filled, listed, optional
+from helixflow.auth.passwords import Passwords, one_time
+from helixflow.auth.pepper import Pepper
+from helixflow.auth.records import Content
+from helixflow.db.pool import Pool
+from helixflow.limits import settings
+from helixflow.limits.model import Limits
+from helixflow.rpc import messages
+from helixflow.rpc.server import Caller
+
+SERVICE = "AdminService"
+
+
+class AdminHandlers:
+    """Answers AdminService."""
+
+    def __init__(self, pool: Pool, pepper: Pepper, hashes: Passwords, *, currency: str, development: bool) -> None:
+        """`currency`: name of what prices are in. `development`: keys of that profile are known."""
+        self._pepper = pepper
+        self._passwords = hashes
+        self._desk = Desk(pool, development=development)
+        self._usage = UsageMethods(self._desk, pepper, currency)
+
+    def methods(self) -> dict[str, Handler]:
+        """A handler for every method."""
+        own: dict[str, Handler] = {
+            "CreateOrganisation": self._create_organisation,
+            "ListOrganisations": self._list_organisations,
+            "UpdateOrganisation": self._update_organisation,
+            "CreateUser": self._create_user,
+            "ListUsers": self._list_users,
+            "UpdateUser": self._update_user,
+            "ResetPassword": self._reset_password,
+            "UnlockUser": self._unlock_user,
+            "DeleteUser": self._delete_user,
+            "CreateKey": self._create_key,
+            "ListKeys": self._list_keys,
+            "UpdateKey": self._update_key,
+            "RotateKey": self._rotate_key,
+            "RevokeKey": self._revoke_key,
+        }
+        return {f"{SERVICE}/{name}": handler for name, handler in (own | self._usage.methods()).items()}
+
+    async def _create_organisation(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("CreateOrganisation", request, caller) as (connection, actor):
+            made = await organisations.create(connection, actor, request.name)
+        return filled(messages.Organisation, made)
+
+    async def _list_organisations(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("ListOrganisations", request, caller) as (connection, actor):
+            page = await organisations.listing(connection, actor, request.organisation, request.limit, request.after)
+        return listed(messages.Organisations, messages.Organisation, page)
+
+    async def _update_organisation(self, request: Any, caller: Caller) -> Any:
+        policy = optional(request, "content")
+        content = Content(policy.store, policy.retention_days, list(policy.redact)) if policy is not None else None
+        async with self._desk.act("UpdateOrganisation", request, caller) as (connection, actor):
+            name, suspended = optional(request, "name"), optional(request, "suspended")
+            changed = await organisations.update(connection, actor, request.organisation, name, suspended, content)
+        return filled(messages.Organisation, changed)
+
+    async def _create_user(self, request: Any, caller: Caller) -> Any:
+        password, stored = await self._one_time("CreateUser", request, caller)
+        service = request.service_account
+        async with self._desk.act("CreateUser", request, caller) as (connection, actor):
+            made = await users.create(
+                connection,
+                actor,
+                organisation=request.organisation,
+                email=request.email,
+                role=request.role,
+                password=None if service else stored,
+            )
+        return messages.CreatedUser(user=filled(messages.User, made), one_time_password="" if service else password)
+
+    async def _list_users(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("ListUsers", request, caller) as (connection, actor):
+            page = await users.listing(connection, actor, request.organisation, request.limit, request.after)
+        return listed(messages.Users, messages.User, page)
+
+    async def _update_user(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("UpdateUser", request, caller) as (connection, actor):
+            role, disabled = optional(request, "role"), optional(request, "disabled")
+            changed = await users.update(connection, actor, request.user, role, disabled)
+        return filled(messages.User, changed)
+
+    async def _reset_password(self, request: Any, caller: Caller) -> Any:
+        password, stored = await self._one_time("ResetPassword", request, caller)
+        async with self._desk.act("ResetPassword", request, caller) as (connection, actor):
+            changed = await users.reset_password(connection, actor, request.user, stored)
+        return messages.CreatedUser(user=filled(messages.User, changed), one_time_password=password)
+
+    async def _unlock_user(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("UnlockUser", request, caller) as (connection, actor):
+            changed = await users.unlock(connection, actor, request.user)
+        return filled(messages.User, changed)
+
+    async def _delete_user(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("DeleteUser", request, caller) as (connection, actor):
+            removed = await users.delete(connection, actor, request.user)
+        return messages.Deleted(id=removed)
+
+    async def _create_key(self, request: Any, caller: Caller) -> Any:
+        wanted = api_keys.Wanted(request.name, request.expires_at, tuple(request.models), tuple(request.endpoints))
+        limits = Limits.of(request.limits)
+        async with self._desk.act("CreateKey", request, caller) as (connection, actor):
+            made = await api_keys.create(connection, actor, self._pepper, request.user, wanted)
+            if limits:
+                await settings.set_limits(connection, f"key:{made.key.id}", limits)
+        return messages.CreatedKey(key=filled(messages.Key, made.key), secret=made.secret)
+
+    async def _list_keys(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("ListKeys", request, caller) as (connection, actor):
+            page = await api_keys.listing(connection, actor, request.organisation, request.limit, request.after)
+        return listed(messages.Keys, messages.Key, page)
+
+    async def _update_key(self, request: Any, caller: Caller) -> Any:
+        changes = api_keys.Changes(
+            optional(request, "name"),
+            optional(request, "expires_at"),
+            tuple(request.models.values) if request.HasField("models") else None,
+            tuple(request.endpoints.values) if request.HasField("endpoints") else None,
+        )
+        async with self._desk.act("UpdateKey", request, caller) as (connection, actor):
+            changed = await api_keys.update(connection, actor, request.key, changes)
+        return filled(messages.Key, changed)
+
+    async def _rotate_key(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("RotateKey", request, caller) as (connection, actor):
+            overlap_s = optional(request, "overlap_s")
+            made = await api_keys.rotate(connection, actor, self._pepper, request.key, overlap_s)
+            for kept in await settings.limits_for(connection, [f"key:{fields.uuid(request.key, 'key')}"]):
+                await settings.set_limits(connection, f"key:{made.key.id}", kept.limits)
+        return messages.CreatedKey(key=filled(messages.Key, made.key), secret=made.secret)
+
+    async def _revoke_key(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("RevokeKey", request, caller) as (connection, actor):
+            revoked = await api_keys.revoke(connection, actor, request.key)
+        return filled(messages.Key, revoked)
+
+    async def _one_time(self, method: str, request: Any, caller: Caller) -> tuple[str, str]:
+        """A one-time password and its hash, for who may call `method`; no connection is held while it is hashed."""
+        async with self._desk.act(method, request, caller):
+            password = one_time()
+        async with self._passwords.turn():
+            return password, await self._passwords.hash(password)

@@ -1,0 +1,159 @@
+"""AdminService: limits, prices, usage, the audit log. Counting and summing up are the limiter's and the ledger's."""
+
+from typing import Any
+from uuid import UUID
+
+from helixflow.auth import api_keys, audit, fields, organisations, users
+from helixflow.auth.actors import Actor
+from helixflow.auth.desk import Desk, Handler, filled
+from helixflow.auth.pepper import Pepper
+from helixflow.auth.roles import Role
+from helixflow.core_rs import NotFound, PermissionDenied
+from helixflow.gateway.errors import refusal
+from helixflow.ledger import chain, query
+from helixflow.limits import settings
+from helixflow.limits.model import Limits, Price
+from helixflow.limits.remote import price_list
+from helixflow.rpc import messages
+from helixflow.rpc.server import Caller
+
+
+class UsageMethods:
+    """Answers the methods about what may be used and what was."""
+
+    def __init__(self, desk: Desk, pepper: Pepper, currency: str) -> None:
+        """`currency`: name of what prices are in."""
+        self._desk = desk
+        self._chain_key = pepper.ledger_key()
+        self._currency = currency
+
+    def methods(self) -> dict[str, Handler]:
+        """By name."""
+        return {
+            "SetLimits": self._set_limits,
+            "ListLimits": self._list_limits,
+            "SetPrice": self._set_price,
+            "DeletePrice": self._delete_price,
+            "ListPrices": self._list_prices,
+            "QueryUsage": self._query_usage,
+            "ListRequests": self._list_requests,
+            "ListAudit": self._list_audit,
+            "VerifyLedger": self._verify_ledger,
+        }
+
+    async def _set_limits(self, request: Any, caller: Caller) -> Any:
+        subject, limits = settings.check_subject(request.subject), Limits.of(request.limits)
+        async with self._desk.act("SetLimits", request, caller) as (connection, actor):
+            organisation = await _limited(connection, actor, subject)
+            result = await settings.set_limits(connection, subject, limits)
+            detail = {metric.name.lower(): limit for metric, limit in limits}
+            await audit.record(connection, actor, "limits.set", subject, organisation, detail)
+        return result.message()
+
+    async def _list_limits(self, request: Any, caller: Caller) -> Any:
+        rows = fields.page(request.limit)
+        after = settings.check_subject(request.after) if request.after else ""
+        async with self._desk.act("ListLimits", request, caller) as (connection, actor):
+            scope = await organisations.scope(connection, actor, request.organisation)
+            data, following = await settings.limits_of(connection, scope, after, rows)
+        return messages.AllLimits(data=[item.message() for item in data], next=following)
+
+    async def _set_price(self, request: Any, caller: Caller) -> Any:
+        price = Price.of(request.price)
+        async with self._desk.act("SetPrice", request, caller) as (connection, actor):
+            result = await settings.set_price(connection, price)
+            detail = {"prompt": price.prompt, "cached": price.cached, "completion": price.completion}
+            await audit.record(connection, actor, "price.set", price.model, actor.organisation_id, detail)
+        return result.message()
+
+    async def _delete_price(self, request: Any, caller: Caller) -> Any:
+        model = fields.text(request.model, "model", settings.MAX_MODEL)
+        async with self._desk.act("DeletePrice", request, caller) as (connection, actor):
+            if not await settings.delete_price(connection, model):
+                raise refusal(NotFound, f"the model {model!r} has no price", "model")
+            await audit.record(connection, actor, "price.delete", model, actor.organisation_id)
+        return messages.Deleted(id=model)
+
+    async def _list_prices(self, request: Any, caller: Caller) -> Any:
+        # All on one page: there are no more prices than models.
+        async with self._desk.act("ListPrices", request, caller) as (connection, _actor):
+            found, _ = await settings.prices(connection)
+        return price_list(found, self._currency)
+
+    async def _query_usage(self, request: Any, caller: Caller) -> Any:
+        first, last = query.period(getattr(request, "from"), request.to)
+        key = fields.uuid(request.key, "key") if request.key else None
+        model = fields.text(request.model, "model", fields.LONGEST_ITEM) if request.model else ""
+        async with self._desk.act("QueryUsage", request, caller) as (connection, actor):
+            rows = await query.usage(
+                connection,
+                first=first,
+                last=last,
+                group_by=list(request.group_by),
+                organisation_id=await organisations.scope(connection, actor, request.organisation),
+                key_id=key,
+                user_id=await _used_by(connection, actor, request.user),
+                model=model,
+            )
+        return messages.UsageReport(currency=self._currency, data=[filled(messages.UsageRow, row) for row in rows])
+
+    async def _list_requests(self, request: Any, caller: Caller) -> Any:
+        first, last = query.period(getattr(request, "from"), request.to)
+        limit = fields.page(request.limit)
+        async with self._desk.act("ListRequests", request, caller) as (connection, actor):
+            scope = await organisations.scope(connection, actor, request.organisation)
+            rows, following = await query.requests(
+                connection, first=first, last=last, organisation_id=scope, after=request.after, limit=limit
+            )
+        return messages.LedgerRows(data=[filled(messages.LedgerRow, row) for row in rows], next=following)
+
+    async def _list_audit(self, request: Any, caller: Caller) -> Any:
+        first, last = fields.days(getattr(request, "from"), request.to)
+        limit, before = fields.page(request.limit), fields.number_after(request.after)
+        async with self._desk.act("ListAudit", request, caller) as (connection, actor):
+            scope = await organisations.scope(connection, actor, request.organisation)
+            found = await audit.entries(connection, scope, first, last, limit + 1, before)
+        following = found[limit - 1].id if len(found) > limit else ""
+        return messages.AuditRows(data=[filled(messages.AuditRow, row) for row in found[:limit]], next=following)
+
+    async def _verify_ledger(self, request: Any, caller: Caller) -> Any:
+        first, last = fields.days(getattr(request, "from"), request.to)
+        async with self._desk.act("VerifyLedger", request, caller):
+            pass
+        # Each day is a transaction of its own.
+        async with self._desk.connection() as connection:
+            report = await chain.verify(connection, self._chain_key, first, last)
+        faults = [filled(messages.LedgerFault, fault) for fault in report.faults]
+        return messages.VerifyLedgerReply(days=report.days, rows=report.rows, faults=faults)
+
+
+async def _limited(connection: Any, actor: Actor, subject: str) -> UUID:
+    """The organisation of a subject whose limits the actor may set. Raises NotFound or PermissionDenied.
+
+    What an organisation may use is decided above it: its own admins divide it up.
+    """
+    kind, _, name = subject.partition(":")
+    if kind == "organisation":
+        if not actor.operator and not (actor.installation and actor.role is Role.OWNER):
+            raise refusal(
+                PermissionDenied, "limits of organisations are left to the operator and the owners of the first one"
+            )
+        found: UUID = (await organisations.find(connection, name, "subject"))["id"]
+        return found
+    find = api_keys.find if kind == "key" else users.find
+    row = await find(connection, actor, name, "subject")
+    actor.allow_role(Role[row["role"].upper()], "subject")
+    organisation: UUID = row["organisation_id"]
+    return organisation
+
+
+async def _used_by(connection: Any, actor: Actor, user: str) -> UUID | None:
+    """Whose usage is asked for; None: everybody's. Raises PermissionDenied for a member who asks for another's."""
+    own = api_keys.own_only(actor)
+    if not user:
+        return own
+    # By UUID also of somebody who was removed: the ledger remembers.
+    found: UUID = fields.as_uuid(user) or (await users.find(connection, actor, user))["id"]
+    if own is not None and found != own:
+        raise refusal(PermissionDenied, "you may see your own usage only", "user")
+    return found

@@ -1,0 +1,89 @@
+"""The audit log: every administrative act, and every login that failed, in the transaction of the act itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date, timedelta
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from helixflow.auth.actors import Actor
+from helixflow.auth.fields import day_start
+
+LONGEST_TARGET = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row as AdminService shows it. `at`: seconds since the epoch; `detail`: JSON text."""
+
+    id: str
+    at: int
+    actor: str
+    action: str
+    target: str
+    organisation_id: str
+    address: str
+    request_id: str
+    detail: str
+
+
+async def record(
+    connection: Any,
+    actor: Actor,
+    action: str,
+    target: str,
+    organisation_id: UUID | None,
+    detail: Mapping[str, Any] | None = None,
+) -> None:
+    """Adds a row. `action`: thing and verb (`key.create`); `detail`: what changed, never a secret."""
+    await connection.execute(
+        "INSERT INTO audit_log (actor, actor_user_id, actor_key_id, action, target, organisation_id, address, "
+        "request_id, detail) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::jsonb)",
+        actor.name,
+        actor.user_id,
+        actor.key_id,
+        action,
+        target[:LONGEST_TARGET],
+        organisation_id,
+        actor.address,
+        actor.request_id,
+        orjson.dumps(detail or {}, default=str).decode(),
+    )
+
+
+async def entries(
+    connection: Any,
+    organisation_id: UUID | None,
+    first: date | None,
+    last: date | None,
+    limit: int,
+    before: int | None,
+) -> list[Entry]:
+    """Rows of an organisation (None: of all) from day `first` to `last`, newest first, with an id below `before`."""
+    rows = await connection.fetch(
+        "SELECT id, extract(epoch FROM at)::bigint AS at, actor, action, target, organisation_id, address, request_id, "
+        "detail FROM audit_log WHERE ($1::uuid IS NULL OR organisation_id = $1) "
+        "AND ($2::timestamptz IS NULL OR at >= $2) AND ($3::timestamptz IS NULL OR at < $3) "
+        "AND ($4::bigint IS NULL OR id < $4) ORDER BY id DESC LIMIT $5",
+        organisation_id,
+        day_start(first) if first else None,
+        day_start(last + timedelta(days=1)) if last else None,
+        before,
+        limit,
+    )
+    return [
+        Entry(
+            id=str(row["id"]),
+            at=row["at"],
+            actor=row["actor"],
+            action=row["action"],
+            target=row["target"],
+            organisation_id=str(row["organisation_id"] or ""),
+            address=row["address"],
+            request_id=row["request_id"],
+            detail=row["detail"],
+        )
+        for row in rows
+    ]

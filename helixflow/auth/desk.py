@@ -1,0 +1,83 @@
+"""What the methods of AdminService share: who calls, a transaction, the way from rows to messages."""
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from helixflow.auth import fields
+from helixflow.auth.actors import Actor, known, operator
+from helixflow.auth.organisations import Page
+from helixflow.core_rs import InvalidRequest, PermissionDenied
+from helixflow.db.pool import Pool
+from helixflow.gateway.errors import refusal
+from helixflow.rpc.server import Caller
+
+GATEWAY = "api-gateway"
+OPERATOR = "auth-service"
+"""The command line shows this service's own certificate: whoever can read its key is the operator."""
+
+Handler = Callable[[Any, Caller], Awaitable[Any]]
+
+
+class Desk:
+    """Opens the transaction that an administrative act and its audit row happen in."""
+
+    def __init__(self, pool: Pool, *, development: bool) -> None:
+        """`development`: keys of that profile are known."""
+        self._pool = pool
+        self._development = development
+
+    @contextlib.asynccontextmanager
+    async def act(self, method: str, request: Any, caller: Caller) -> AsyncIterator[tuple[Any, Actor]]:
+        """A connection in a transaction, and the actor, who may call `method`.
+
+        Raises PermissionDenied, InvalidToken or InvalidApiKey.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            actor = await self._actor(connection, request.actor, caller)
+            actor.allow(method)
+            yield connection, actor
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:
+        """A connection without a transaction, for what has its own. `act` comes first."""
+        async with self._pool.acquire() as connection:
+            yield connection
+
+    async def _actor(self, connection: Any, claimed: Any, caller: Caller) -> Actor:
+        """The actor: by the certificate the operator, or the user whom a gateway has verified.
+
+        The role, the organisation and the name that a gateway sends are not looked at.
+        """
+        request_id = claimed.request_id or caller.request_id
+        if caller.service == OPERATOR:
+            return operator(claimed.name, claimed.address or caller.address, request_id)
+        if caller.service != GATEWAY:
+            raise refusal(PermissionDenied, "only gateways and the operator administer accounts")
+        if not claimed.principal_user_id:
+            raise refusal(InvalidRequest, "the request does not say who acts", "actor.principal_user_id")
+        key = claimed.principal_key_id
+        return await known(
+            connection,
+            fields.uuid(claimed.principal_user_id, "actor.principal_user_id"),
+            fields.uuid(key, "actor.principal_key_id") if key else None,
+            development=self._development,
+            address=claimed.address,
+            request_id=request_id,
+        )
+
+
+def filled(kind: Any, record: Any) -> Any:
+    """A message of a record whose fields have the message's names."""
+    return kind(**dataclasses.asdict(record))
+
+
+def listed(kind: Any, item: Any, page: Page) -> Any:
+    """A message of one page."""
+    return kind(data=[filled(item, record) for record in page.data], next=page.next)
+
+
+def optional(request: Any, name: str) -> Any:
+    """The value of an optional field, or None."""
+    return getattr(request, name) if request.HasField(name) else None

@@ -1,0 +1,161 @@
+"""AuthService: credentials, sessions, changes."""
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from helixflow.auth import principals, sessions
+from helixflow.auth.actors import cut_address
+from helixflow.auth.desk import filled
+from helixflow.auth.events import Events
+from helixflow.auth.login import Login
+from helixflow.auth.oidc_login import OidcLogin
+from helixflow.auth.pepper import Pepper
+from helixflow.auth.principals import Principal
+from helixflow.auth.sessions import Sessions
+from helixflow.auth.signing import Signer
+from helixflow.core_rs import InvalidRequest, InvalidToken
+from helixflow.db.pool import Pool
+from helixflow.gateway.errors import refusal
+from helixflow.rpc import messages
+from helixflow.rpc.server import Caller
+
+SERVICE = "AuthService"
+KIND_KEY, KIND_USER = 1, 2
+"""Of helixflow.v1.PrincipalKind."""
+
+_ELSEWHERE = ("Prices", "Lease", "AppendUsage")
+
+Unary = Callable[[Any, Caller], Awaitable[Any]]
+Method = Unary | Callable[[Any, Caller], AsyncIterator[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """The ways in, and what keeps people in."""
+
+    sessions: Sessions
+    password: Login
+    oidc: OidcLogin
+
+
+class AuthHandlers:
+    """Answers AuthService."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        pepper: Pepper,
+        signer: Signer,
+        *,
+        ways: Ways,
+        events: Events,
+        elsewhere: Mapping[str, Unary],
+        development: bool,
+    ) -> None:
+        """`elsewhere`: handlers of Prices, Lease and AppendUsage. Raises ValueError when one is missing."""
+        if set(elsewhere) != set(_ELSEWHERE):
+            raise ValueError(f"handlers are needed for {', '.join(_ELSEWHERE)}")
+        self._pool = pool
+        self._pepper = pepper
+        self._signer = signer
+        self._ways = ways
+        self._events = events
+        self._elsewhere = elsewhere
+        self._development = development
+
+    def methods(self) -> dict[str, Method]:
+        """A handler for every method."""
+        own: dict[str, Method] = {
+            "Verify": self._verify,
+            "Login": self._login,
+            "Refresh": self._refresh,
+            "Logout": self._logout,
+            "Jwks": self._jwks,
+            "OidcStart": self._oidc_start,
+            "OidcFinish": self._oidc_finish,
+            "Watch": self._watch,
+            **self._elsewhere,
+        }
+        return {f"{SERVICE}/{name}": handler for name, handler in own.items()}
+
+    async def _verify(self, request: Any, _caller: Caller) -> Any:
+        kind = request.WhichOneof("credential")
+        async with self._pool.acquire() as connection:
+            if kind == "key_digest":
+                found = await principals.by_key(
+                    connection, self._pepper, request.key_digest, development=self._development
+                )
+                return principal_message(found)
+            if kind == "access_token":
+                found = await principals.by_token(connection, self._signer, request.access_token)
+                return principal_message(found)
+        raise refusal(InvalidRequest, "the request holds no credential", "credential")
+
+    async def _login(self, request: Any, _caller: Caller) -> Any:
+        address = cut_address(request.address)
+        issued = await self._ways.password.login(request.email, request.password, request.new_password, address)
+        return filled(messages.Tokens, issued)
+
+    async def _refresh(self, request: Any, _caller: Caller) -> Any:
+        async with self._pool.acquire() as connection:
+            issued = await self._ways.sessions.refresh(connection, request.refresh_token, cut_address(request.address))
+        return filled(messages.Tokens, issued)
+
+    async def _logout(self, request: Any, _caller: Caller) -> Any:
+        kind = request.WhichOneof("session")
+        if kind is None:
+            raise refusal(InvalidRequest, "the request names no session", "session")
+        async with self._pool.acquire() as connection:
+            if kind == "refresh_token":
+                await self._ways.sessions.end_by_refresh(connection, request.refresh_token)
+            else:
+                await self._end_by_access(connection, request.access_token)
+        return messages.LogoutReply()
+
+    async def _end_by_access(self, connection: Any, token: str) -> None:
+        try:
+            access = await self._signer.check(connection, token)
+        except InvalidToken:
+            return  # nobody is logged in by it, which is what was asked for
+        await sessions.end(connection, access.session_id)
+
+    async def _jwks(self, _request: Any, _caller: Caller) -> Any:
+        async with self._pool.acquire() as connection:
+            return messages.JwksReply(json=await self._signer.jwks(connection))
+
+    async def _oidc_start(self, request: Any, _caller: Caller) -> Any:
+        url, state = await self._ways.oidc.start(request.redirect_uri)
+        return messages.OidcStartReply(url=url, state=state)
+
+    async def _oidc_finish(self, request: Any, _caller: Caller) -> Any:
+        address = cut_address(request.address)
+        issued = await self._ways.oidc.finish(request.code, request.state, request.redirect_uri, address)
+        return filled(messages.Tokens, issued)
+
+    async def _watch(self, _request: Any, _caller: Caller) -> AsyncIterator[Any]:
+        async with contextlib.aclosing(self._events.watch()) as events:
+            async for event in events:
+                kind, _, value = event.partition(":")
+                yield messages.Event(**{kind: value or True})
+
+
+def principal_message(found: Principal) -> Any:
+    """A `helixflow.v1.Principal`."""
+    return messages.Principal(
+        kind=KIND_KEY if found.key_id else KIND_USER,
+        organisation_id=str(found.organisation_id),
+        organisation=found.organisation,
+        user_id=str(found.user_id),
+        user=found.user,
+        role=found.role,
+        key_id=str(found.key_id or ""),
+        key=found.key,
+        session_id=str(found.session_id or ""),
+        expires_at=found.expires_at,
+        models=found.models,
+        endpoints=found.endpoints,
+        limits=[item.message() for item in found.limits],
+        content=filled(messages.ContentPolicy, found.content),
+    )

@@ -1,0 +1,95 @@
+"""Passwords of people: argon2id in threads, a few at a time."""
+
+import asyncio
+import contextlib
+import secrets
+import unicodedata
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+from argon2 import PasswordHasher
+from argon2.exceptions import InvalidHashError, VerificationError
+
+from helixflow.core_rs import InvalidRequest, QueueFull
+from helixflow.gateway.errors import refusal
+
+SHORTEST = 12
+LONGEST = 1024
+"""Characters; nobody types more, and hashing starts with reading all of it."""
+
+WAITING = 64
+"""Logins that wait for each one being checked: about 6 s at 0.1 s each. More are refused at once."""
+
+ONE_TIME_BYTES = 18
+"""Random bytes of a one-time password, which makes 24 characters."""
+
+
+def one_time() -> str:
+    """A password for the first login only."""
+    return secrets.token_urlsafe(ONE_TIME_BYTES)
+
+
+def acceptable(password: str, param: str = "new_password") -> str:
+    """A new password. Raises InvalidRequest when it is too short or too long."""
+    if not SHORTEST <= len(password) <= LONGEST:
+        raise refusal(InvalidRequest, f"{param} must have {SHORTEST} to {LONGEST} characters", param)
+    return password
+
+
+class Passwords:
+    """Hashes and checks. One instance per process: it owns the threads."""
+
+    def __init__(self, at_a_time: int, hasher: PasswordHasher | None = None) -> None:
+        """`at_a_time`: hashes under way at once; each takes the memory that the hasher's parameters say (64 MiB)."""
+        self._hasher = hasher or PasswordHasher()
+        self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="password")
+        self._slots = asyncio.Semaphore(at_a_time)
+        self._most_waiting = WAITING * at_a_time
+        self._waiting = 0
+        # What a password of nobody is compared with: an unknown name costs as much as a known one.
+        self._nobody = self._hasher.hash(secrets.token_hex(16))
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Waits until one more password may be looked at. Raises QueueFull when too many wait already."""
+        if self._waiting >= self._most_waiting:
+            raise refusal(QueueFull, "too many logins at a time; try again in a few seconds")
+        self._waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    async def hash(self, password: str) -> str:
+        """The password in argon2's own notation, with parameters and salt."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._hasher.hash, _normal(password))
+
+    async def matches(self, stored: str | None, password: str) -> bool:
+        """Whether the password is the stored one. None, for somebody without one, costs the same and never matches."""
+        loop = asyncio.get_running_loop()
+        same = await loop.run_in_executor(self._threads, self._verify, stored or self._nobody, _normal(password))
+        return same and stored is not None
+
+    def outdated(self, stored: str) -> bool:
+        """Whether the hash was made with other parameters than new ones are."""
+        return self._hasher.check_needs_rehash(stored)
+
+    def close(self) -> None:
+        """Ends the threads; a hash under way is waited for (0.1 s)."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _verify(self, stored: str, password: str) -> bool:
+        try:
+            return self._hasher.verify(stored, password)
+        except (VerificationError, InvalidHashError):
+            return False
+
+
+def _normal(password: str) -> str:
+    """The same characters whatever keyboard they come from (NFC)."""
+    return unicodedata.normalize("NFC", password[: LONGEST + 1])

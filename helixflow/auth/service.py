@@ -1,0 +1,184 @@
+"""The process of the auth-service: finds its database, brings the schema up to date, serves gRPC, stops in order."""
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import asyncpg
+import uvloop
+
+from helixflow import core_rs, log
+from helixflow.auth.build import Built, build
+from helixflow.config import Config
+from helixflow.core_rs import CoreError, DeadlineExceeded, TlsFiles, Unavailable
+from helixflow.db import migrate
+from helixflow.db.embedded import Embedded
+from helixflow.db.errors import DatabaseError, DatabaseUnavailableError
+from helixflow.db.pool import Pool, tls_of
+from helixflow.db.target import Target, connect
+from helixflow.errors import StartError
+from helixflow.gateway.errors import refusal
+from helixflow.pki.layout import Layout, Role
+from helixflow.process import notify_ready
+from helixflow.rpc.server import Caller, Server
+
+SERVICE = "auth-service"
+CALLERS = frozenset({"api-gateway"})
+OPERATORS = frozenset({"api-gateway", SERVICE})
+"""The command line presents the auth-service's own client certificate: whoever can read it is the operator."""
+
+WAIT_S = (0.1, 2.0)
+"""Shortest and longest pause before a database that does not answer is tried again (seconds)."""
+
+logger = log.get("auth")
+
+Handler = Callable[[Any, Caller], Any]
+
+
+def run(config: Config) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit status. SIGHUP loads new certificates.
+
+    Raises StartError or DatabaseError when it cannot start. A database that does not answer yet is waited for.
+    """
+    return uvloop.run(_serve(config))
+
+
+async def _serve(config: Config) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    starting, stopping = loop.create_task(_open(config)), loop.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait({starting})
+        return 0
+    pool = starting.result()
+    try:
+        built = await build(config, pool)
+        try:
+            await _until(stop, config, built)
+        finally:
+            await built.close()
+    finally:
+        stopping.cancel()
+        await pool.close()
+    return 0
+
+
+async def _until(stop: asyncio.Event, config: Config, built: Built) -> None:
+    methods = {name: guarded(handler) for name, handler in built.methods.items()}
+    callers = {name: OPERATORS if name.startswith("AdminService/") else CALLERS for name in methods}
+    server = Server(methods, callers)
+    try:
+        address = server.start(str(config.auth.listen), _tls(config))
+    except CoreError as error:
+        raise StartError(f"the auth-service cannot start: {error}") from error
+    try:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, server)
+        if built.first_password is not None:
+            # To the operator's eyes only: standard output, not the log.
+            print(  # noqa: T201
+                f"\nFirst start: the owner is {config.auth.owner}, with the one-time password\n\n"
+                f"    {built.first_password}\n\nIt must be changed at the first login and is not shown again.\n",
+                flush=True,
+            )
+        server.set_serving(True)
+        logger.info("ready", address=address)
+        notify_ready(address)
+        await stop.wait()
+        server.set_serving(False)
+        logger.info("stopping")
+    finally:
+        await server.stop(config.auth.drain_timeout_s)
+
+
+async def _open(config: Config) -> Pool:
+    """The connection pool of a database whose schema is up to date. Waits while the server does not answer."""
+    options = config.database
+    target = Target.parse(options.url) if options.url else Embedded(options.directory, user=options.user).target
+    pause, told = WAIT_S[0], False
+    while True:
+        try:
+            connection = await connect(
+                target,
+                tls=tls_of(options, target),
+                timeout_s=options.connect_timeout_ms / 1000,
+                application_name="helixflow auth-service (migrations)",
+                timezone="UTC",
+            )
+            break
+        except DatabaseUnavailableError as error:
+            if not told:
+                hint = {} if options.url else {"hint": "without HELIX_DATABASE_URL, `helixflow db run` must run"}
+                logger.warning("waiting for the database", error=str(error), **hint)
+                told = True
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, WAIT_S[1])
+    try:
+        for applied in await migrate.migrate(connection):
+            logger.info("migration applied", number=applied.number, name=applied.name)
+    finally:
+        await connection.close()
+    return await Pool.open(options, target, name="helixflow auth-service")
+
+
+def guarded(handler: Handler) -> Handler:
+    """The handler, with the database's failures as errors that callers understand: unavailable, or too slow."""
+    if inspect.isasyncgenfunction(handler):
+
+        @functools.wraps(handler)
+        async def stream(request: Any, caller: Caller) -> AsyncIterator[Any]:
+            with _translated():
+                async for message in handler(request, caller):
+                    yield message
+
+        return stream
+
+    @functools.wraps(handler)
+    async def call(request: Any, caller: Caller) -> Any:
+        with _translated():
+            return await handler(request, caller)
+
+    return call
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except asyncpg.QueryCanceledError:
+        raise refusal(
+            DeadlineExceeded, "the database took too long (database.statement_timeout_ms); ask for less, or try again"
+        ) from None
+    except (asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError, asyncpg.InterfaceError) as error:
+        raise _away(error) from None
+    except (asyncpg.InsufficientResourcesError, DatabaseError, OSError, TimeoutError) as error:
+        raise _away(error) from None
+
+
+def _away(error: Exception) -> Unavailable:
+    logger.warning("the database does not answer", error=f"{type(error).__name__}: {error}")
+    away = refusal(Unavailable, "the database does not answer now; try again in a moment")
+    away.retry_after_s = 1
+    return away
+
+
+def _tls(config: Config) -> TlsFiles:
+    layout = Layout(config.certs)
+    own = layout.pair(SERVICE, Role.SERVER)
+    return TlsFiles(str(layout.ca_cert), str(own.cert), str(own.key), str(layout.crl))
+
+
+def _reload(server: Server) -> None:
+    try:
+        server.reload_tls()
+    except core_rs.TlsError as error:
+        logger.error("certificates not reloaded; the old ones stay", reason=str(error))
+    else:
+        logger.info("certificates reloaded")

@@ -1,0 +1,58 @@
+"""GET /admin/v1/status: the counters of the worker that answers."""
+
+from dataclasses import asdict
+from typing import Any
+
+import orjson
+
+from helixflow.core_rs import PermissionDenied
+from helixflow.gateway.accounting import Metered
+from helixflow.gateway.credentials import Credentials
+from helixflow.gateway.errors import refusal
+from helixflow.gateway.http import Request
+from helixflow.gateway.routes import Policy, Route
+from helixflow.ledger.shipper import Shipper
+from helixflow.limits.limiter import Limiter
+
+PATH = "/admin/v1/status"
+ORGANISATION = "default"
+"""The operator's organisation: the counters are those of all organisations together."""
+ROLES = ("owner", "admin")
+
+
+class Status:
+    """What this worker has counted since its start."""
+
+    def __init__(self, metered: Metered, credentials: Credentials, limiter: Limiter, shipper: Shipper) -> None:
+        self._metered = metered
+        self._credentials = credentials
+        self._limiter = limiter
+        self._shipper = shipper
+
+    def routes(self) -> list[Route]:
+        """The one route."""
+        return [Route("GET", PATH, self.show, Policy.ACCOUNT)]
+
+    async def show(self, request: Request) -> None:
+        """Raises PermissionDenied for others than owners and administrators of the first organisation."""
+        caller = request.caller
+        if caller.organisation != ORGANISATION or caller.role not in ROLES:
+            raise refusal(PermissionDenied, f"owners and administrators of the organisation {ORGANISATION!r} only")
+        await request.respond(200, orjson.dumps(self._counters()), headers=[(b"cache-control", b"no-store")])
+
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "requests": dict(self._metered.counts),
+            "ledger": {
+                **asdict(self._metered.spool.stats),
+                **asdict(self._shipper.stats),
+                "pending": self._metered.spool.pending,
+                "bytes": self._metered.spool.held,
+            },
+            "credentials": {
+                "remembered": self._credentials.remembered,
+                "listening": self._credentials.listening,
+                "served_from_grace": self._credentials.served_from_grace,
+            },
+            "limits": {"fallbacks": self._limiter.fallbacks, "gateways": self._limiter.gateways},
+        }

@@ -1,0 +1,1 @@
+"""Rate limits and budgets: what a gateway may admit, counted over all gateways."""

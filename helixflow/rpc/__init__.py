@@ -1,0 +1,1 @@
+"""gRPC between the services whose methods are written in Python: messages, client, server."""

@@ -1,0 +1,139 @@
+"""Accounts on a real database, without the processes around them."""
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from argon2 import PasswordHasher
+
+from helixflow.auth import actors, api_keys, users
+from helixflow.auth.actors import Actor
+from helixflow.auth.api_keys import Wanted
+from helixflow.auth.first_start import first_start
+from helixflow.auth.lockout import Lockout
+from helixflow.auth.login import Login
+from helixflow.auth.passwords import Passwords
+from helixflow.auth.pepper import Pepper
+from helixflow.auth.sessions import Sessions
+from helixflow.auth.signing import Signer
+from helixflow.config import AuthConfig, DatabaseConfig
+from helixflow.db.pool import Pool
+from helixflow.db.target import Target
+from helixflow.pki.layout import Layout
+
+CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+"""The real parameters take 0.1 s a password."""
+
+PASSWORD = "correct horse battery"
+OPERATOR = actors.operator("root", "127.0.0.1", "request-1")
+SECRET = Pepper(bytes(range(32)))
+OWNER = "owner@localhost"
+
+INJECTIONS = (
+    "'; DROP TABLE helixflow.users; --",
+    "' OR '1'='1",
+    "\\'; SELECT pg_sleep(10); --",
+    "$1; DELETE FROM helixflow.api_keys",
+    '"; TRUNCATE helixflow.sessions; --',
+    "x') UNION SELECT password FROM helixflow.users --",
+    "%00' --",
+    "\x00'; DROP TABLE helixflow.users; --",
+)
+
+
+@dataclass
+class World:
+    """One auth-service's objects over one database."""
+
+    pool: Pool
+    options: AuthConfig
+    passwords: Passwords
+    signer: Signer
+    sessions: Sessions
+    login: Login
+    first_password: str | None
+
+    @contextlib.asynccontextmanager
+    async def begin(self) -> AsyncIterator[Any]:
+        """A connection in a transaction, as handlers have it."""
+        async with self.pool.acquire() as connection, connection.transaction():
+            yield connection
+
+    async def do(self, function: Callable[..., Awaitable[Any]], *arguments: Any, **named: Any) -> Any:
+        """Calls a function of the database level in a transaction of its own."""
+        async with self.begin() as connection:
+            return await function(connection, *arguments, **named)
+
+    async def value(self, query: str, *arguments: Any) -> Any:
+        async with self.pool.acquire() as connection:
+            return await connection.fetchval(query, *arguments)
+
+    async def rows(self, query: str, *arguments: Any) -> list[Any]:
+        async with self.pool.acquire() as connection:
+            found: list[Any] = await connection.fetch(query, *arguments)
+            return found
+
+    async def user(self, email: str, role: str = "member", organisation: str = "default") -> UUID:
+        """A person with PASSWORD, which need not be changed."""
+        stored = await self.passwords.hash(PASSWORD)
+        made = await self.do(
+            users.create, OPERATOR, organisation=organisation, email=email, role=role, password=stored
+        )
+        await self.value("UPDATE users SET must_change_password = false WHERE id = $1", UUID(made.id))
+        return UUID(made.id)
+
+    async def service(self, name: str, role: str = "member", organisation: str = "default") -> UUID:
+        made = await self.do(users.create, OPERATOR, organisation=organisation, email=name, role=role, password=None)
+        return UUID(made.id)
+
+    async def actor(self, user_id: UUID, key_id: UUID | None = None, *, development: bool = False) -> Actor:
+        found: Actor = await self.do(
+            actors.known, user_id, key_id, development=development, address="10.0.0.1", request_id="r"
+        )
+        return found
+
+    async def key(self, user: UUID, name: str = "key", **wanted: Any) -> tuple[UUID, str]:
+        """A key: its UUID and secret."""
+        made = await self.do(api_keys.create, OPERATOR, SECRET, str(user), Wanted(name, **wanted))
+        return UUID(made.key.id), made.secret
+
+    async def audited(self, action: str) -> list[Any]:
+        return await self.rows("SELECT * FROM audit_log WHERE action = $1 ORDER BY id", action)
+
+
+@contextlib.asynccontextmanager
+async def world(target: Target, pki: Layout, **options: Any) -> AsyncIterator[World]:
+    """A database after its first start."""
+    chosen = replace(AuthConfig(), **options)
+    pool = await Pool.open(DatabaseConfig(), target, name="test")
+    passwords = Passwords(chosen.password_checks, CHEAP)
+    try:
+        async with pool.acquire() as connection, connection.transaction():
+            first = await first_start(connection, passwords, chosen.owner)
+            signer = await Signer.open(connection, pki.jwt_private, chosen)
+        sessions = Sessions(chosen, SECRET, signer)
+        login = Login(pool, passwords, Lockout.of(chosen), sessions)
+        yield World(pool, chosen, passwords, signer, sessions, login, first)
+    finally:
+        passwords.close()
+        await pool.close()
+
+
+def run(work: Awaitable[None]) -> None:
+    """Runs one test's coroutine."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(25):
+            await work
+
+    asyncio.run(bounded())
+
+
+def copy(pki: Layout, place: Path) -> Layout:
+    """A certificate directory that the test may change."""
+    return Layout(Path(shutil.copytree(pki.directory, place / "certs")))
