@@ -15,6 +15,14 @@ def init_logging(service: str, level: str, json: bool) -> None:
     The first call of a process counts. Raises ValueError for an unknown level.
     """
 
+# --- files --------------------------------------------------------------------
+
+def append(descriptor: int, data: bytes) -> int:
+    """Writes to a file without letting go of the GIL, which would cost more than the copy; returns the bytes written.
+
+    For small writes to files only: a descriptor that blocks would hold every thread. Raises OSError.
+    """
+
 # --- errors -------------------------------------------------------------------
 
 class CoreError(Exception):

@@ -1,5 +1,6 @@
 //! The Rust extension of `HelixFlow`: the only crate that names `PyO3`. This file is its export list.
 
+mod append;
 mod call;
 mod client;
 mod errors;
@@ -20,6 +21,7 @@ fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(module)?;
     module.add_function(wrap_pyfunction!(logs::init_logging, module)?)?;
     module.add_function(wrap_pyfunction!(client::request::json_within, module)?)?;
+    module.add_function(wrap_pyfunction!(append::append, module)?)?;
     module.add_class::<tls::TlsFiles>()?;
     module.add_class::<client::request::Prompt>()?;
     module.add_class::<client::request::GenerateRequest>()?;

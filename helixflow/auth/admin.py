@@ -1,9 +1,10 @@
 """AdminService: organisations, users and keys; the rest of its methods is in `admin_usage`."""
 
 from typing import Any
+from uuid import UUID
 
 from helixflow.auth import api_keys, fields, organisations, users
-from helixflow.auth.admin_usage import UsageMethods
+from helixflow.auth.admin_usage import UsageMethods, set_limits
 from helixflow.auth.desk import Desk, Handler, filled, listed, optional
 from helixflow.auth.passwords import Passwords, one_time
 from helixflow.auth.pepper import Pepper
@@ -112,7 +113,7 @@ class AdminHandlers:
         async with self._desk.act("CreateKey", request, caller) as (connection, actor):
             made = await api_keys.create(connection, actor, self._pepper, request.user, wanted)
             if limits:
-                await settings.set_limits(connection, f"key:{made.key.id}", limits)
+                await set_limits(connection, actor, f"key:{made.key.id}", UUID(made.key.organisation_id), limits)
         return messages.CreatedKey(key=filled(messages.Key, made.key), secret=made.secret)
 
     async def _list_keys(self, request: Any, caller: Caller) -> Any:

@@ -12,7 +12,7 @@ from helixflow.core_rs import NotFound, PermissionDenied
 from helixflow.gateway.errors import refusal
 from helixflow.ledger import chain, query
 from helixflow.limits import settings
-from helixflow.limits.model import Limits, Price
+from helixflow.limits.model import Limits, Price, SubjectLimits
 from helixflow.limits.remote import price_list
 from helixflow.rpc import messages
 from helixflow.rpc.server import Caller
@@ -45,9 +45,7 @@ class UsageMethods:
         subject, limits = settings.check_subject(request.subject), Limits.of(request.limits)
         async with self._desk.act("SetLimits", request, caller) as (connection, actor):
             organisation = await _limited(connection, actor, subject)
-            result = await settings.set_limits(connection, subject, limits)
-            detail = {metric.name.lower(): limit for metric, limit in limits}
-            await audit.record(connection, actor, "limits.set", subject, organisation, detail)
+            result = await set_limits(connection, actor, subject, organisation, limits)
         return result.message()
 
     async def _list_limits(self, request: Any, caller: Caller) -> Any:
@@ -125,6 +123,14 @@ class UsageMethods:
             report = await chain.verify(connection, self._chain_key, first, last)
         faults = [filled(messages.LedgerFault, fault) for fault in report.faults]
         return messages.VerifyLedgerReply(days=report.days, rows=report.rows, faults=faults)
+
+
+async def set_limits(connection: Any, actor: Actor, subject: str, organisation: UUID, limits: Limits) -> SubjectLimits:
+    """Sets the limits of a subject of an organisation, and writes it down. Raises InvalidRequest."""
+    result = await settings.set_limits(connection, subject, limits)
+    detail = {metric.name.lower(): limit for metric, limit in limits}
+    await audit.record(connection, actor, "limits.set", subject, organisation, detail)
+    return result
 
 
 async def _limited(connection: Any, actor: Actor, subject: str) -> UUID:

@@ -81,14 +81,16 @@ class Events:
 
     async def run(self) -> None:
         """Listens, and connects again for ever; every new connection resyncs the streams. Never returns."""
-        pause = BACKOFF_S[0]
+        pause, told = BACKOFF_S[0], ""
         while True:
             try:
                 await self._listen()
-                pause = BACKOFF_S[0]
-                logger.warning("the connection that hears changes of accounts ended; connecting again")
+                pause, told, reason = BACKOFF_S[0], "", "the connection ended"
             except (DatabaseError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-                logger.warning("changes of accounts cannot be heard; trying again", error=str(error), pause_s=pause)
+                reason = str(error)
+            if reason != told:
+                logger.warning("changes of accounts cannot be heard; connecting again", reason=reason)
+                told = reason
             await asyncio.sleep(pause)
             pause = min(pause * 2, BACKOFF_S[1])
 
@@ -127,6 +129,7 @@ class Events:
             # Whatever happened before the LISTEN was not heard.
             self._tell(RESYNC)
             self.listening.set()
+            logger.info("listening to changes of accounts")
             await self._until(ended, connection)
         finally:
             self.listening.clear()

@@ -17,7 +17,6 @@ _COUNT = """
 INSERT INTO login_failures AS f (subject, failures) VALUES ($1, 1)
 ON CONFLICT (subject) DO UPDATE SET
     failures = CASE
-        WHEN f.locked_until > now() THEN f.failures
         WHEN f.locked_until IS NOT NULL OR f.last_at < now() - make_interval(secs => $4) THEN 1
         ELSE f.failures + 1 END,
     locked_until = CASE

@@ -9,6 +9,7 @@ import asyncpg
 from helixflow.auth import audit, fields
 from helixflow.auth.actors import Actor
 from helixflow.auth.records import ORGANISATION, Content, Organisation
+from helixflow.auth.roles import Role
 from helixflow.core_rs import Conflict, InvalidRequest, NotFound
 from helixflow.gateway.errors import refusal
 from helixflow.ledger.content import RETENTION_DAYS_MAX
@@ -68,7 +69,7 @@ async def create(connection: Any, actor: Actor, name: str) -> Organisation:
 async def listing(connection: Any, actor: Actor, name: str, limit: int, after: str) -> Page:
     """All for those who administer the installation, else the actor's own; oldest first."""
     rows, place = fields.page(limit), fields.place(after)
-    everywhere = actor.operator or (actor.installation and actor.role.word == "owner")
+    everywhere = actor.operator or (actor.installation and actor.role is Role.OWNER)
     only: UUID | None = actor.organisation_id
     if everywhere:
         only = (await find(connection, name))["id"] if name else None

@@ -22,8 +22,9 @@ _OWNER = """
     u.disabled OR u.deleted_at IS NOT NULL OR o.suspended AS refused
 """
 _KEY = f"""
-SELECT k.id AS key_id, k.name AS key, k.models, k.endpoints, coalesce(ceil(extract(epoch FROM k.expires_at)), 0)::bigint
-    AS expires_at, k.revoked_at IS NOT NULL OR k.expires_at <= now() AS ended, k.development, {_OWNER},
+SELECT k.id AS key_id, k.name AS key, k.models, k.endpoints, k.development,
+    coalesce(floor(extract(epoch FROM k.expires_at)), 0)::bigint AS expires_at,
+    k.revoked_at IS NOT NULL OR k.expires_at <= now() AS ended, {_OWNER},
     (SELECT jsonb_object_agg(l.subject, to_jsonb(l)) FROM limits l WHERE l.subject IN
         ('key:' || k.id::text, 'user:' || u.id::text, 'organisation:' || o.id::text)) AS limits
 FROM api_keys k JOIN users u ON u.id = k.user_id JOIN organisations o ON o.id = u.organisation_id

@@ -25,7 +25,6 @@ due AS (
     ORDER BY k.id FOR NO KEY UPDATE OF k
 )
 UPDATE api_keys SET last_used_at = due.at FROM due WHERE api_keys.id = due.id
-    AND (api_keys.last_used_at IS NULL OR api_keys.last_used_at < due.at)
 """
 
 logger = log.get("auth")

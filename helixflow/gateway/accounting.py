@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any, Protocol
 
 from helixflow.config import LimitsConfig
-from helixflow.core_rs import Call, CoreError, LedgerFull
+from helixflow.core_rs import Call, CoreError
 from helixflow.gateway.auth import Principal
 from helixflow.gateway.capture import Capture
 from helixflow.gateway.http import Request
@@ -15,6 +15,8 @@ from helixflow.limits.limiter import Limiter, Reservation
 
 UNTOUCHED = frozenset({"queue_full", "unavailable", "draining"})
 """Refusals of a pool that has not looked at the request: it does not count against requests per minute."""
+NOT_STARTED = "deadline_exceeded"
+"""No slot took the request up in time: it counts as a request, but nothing has read its prompt."""
 
 
 class Prices:
@@ -113,9 +115,9 @@ class Metered:
             self.counts["refused." + error.code] += 1
             if isinstance(error, LedgerFull) and reservation is not None:
                 reservation.cancel()
+            request.extra_headers += self._limiter.headers(principal.limits)
             raise
-        if principal.limits:
-            request.extra_headers += reservation.headers()
+        request.extra_headers += reservation.headers()
         self.counts["requests"] += 1
         return admitted
 
@@ -185,12 +187,14 @@ class Admitted:
         if self._ended:
             return
         self._ended = True
+        code = error.code if error is not None else (call.error_code if call is not None else None) or ""
         usage = call.usage if call is not None else None
+        if usage is not None and code == NOT_STARTED and not usage.completion_tokens:
+            usage = None
         prompt = cached = completion = queue_us = first_us = 0
         if usage is not None:
             prompt, cached, completion = usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens
             queue_us, first_us = usage.queue_us, usage.first_token_us
-        code = error.code if error is not None else (call.error_code if call is not None else None) or ""
         finish = finish or (call.finish_reason if call is not None else None) or ("error" if call is not None else "")
         cost = 0
         if self._price is not None:

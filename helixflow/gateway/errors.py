@@ -5,7 +5,7 @@ from typing import TypeVar
 import orjson
 
 from helixflow import core_rs
-from helixflow.core_rs import CoreError
+from helixflow.core_rs import CoreError, InsufficientQuota
 
 RETRY_AFTER_S = 1
 """`Retry-After` of a 429 or 503 that brings no time of its own (seconds): queues and restarts are short."""
@@ -46,7 +46,12 @@ def final_event(error: CoreError) -> bytes:
 
 
 def headers_of(error: CoreError) -> list[tuple[bytes, bytes]]:
-    """Headers that the status asks for: `Retry-After` with 429 and 503, the challenge with 401."""
+    """Headers that the status asks for: `Retry-After` with 429 and 503, the challenge with 401.
+
+    None where waiting does not help: a request that is larger than a budget.
+    """
+    if isinstance(error, InsufficientQuota) and error.retry_after_s is None:
+        return []
     if error.http_status in (429, 503):
         seconds = RETRY_AFTER_S if error.retry_after_s is None else max(error.retry_after_s, 1)
         return [(b"retry-after", b"%d" % seconds)]

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-import os
+import random
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -98,8 +98,6 @@ class Request:
         "_scope",
         "_send",
         "body",
-        "body",
-        "body",
         "caller",
         "extra_headers",
         "facts",
@@ -119,7 +117,8 @@ class Request:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.token = os.urandom(12).hex()
+        # No secret, and reading the kernel's random numbers would let go of the GIL.
+        self.token = f"{random.getrandbits(96):024x}"
         given = self.headers.get(b"x-request-id")
         self.id = given.decode("ascii") if given and _REQUEST_ID.fullmatch(given) else "req-" + self.token
         self.started = time.perf_counter()

@@ -65,7 +65,7 @@ class Connected(Services):
         self._prices = Prices()
         self._credentials = Credentials(client, config, name)
         self._credentials.on_prices = self._ask_prices
-        self._limiter = Limiter(name, lease_over(client), config.limits)
+        self._limiter = Limiter(name, lease_over(client), config.limits, gateways=config.gateway.workers)
         self._shipper = Shipper(spool, self._append, config.ledger)
         self._metered = Metered(self._limiter, spool, self._prices, config.limits, gateway.bytes)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,6 +100,8 @@ class Connected(Services):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._limiter.close()
+        await self._limiter.close()
         await self._shipper.drain(DRAIN_S)
         await asyncio.gather(self._shipping, return_exceptions=True)
         self._client.close()

@@ -38,37 +38,48 @@ FROM helixflow.requests WHERE at >= $1 AND at < $2 ORDER BY sequence, id
 """
 # Days whose rows have no head at all.
 _STRAYS: Final = """
-SELECT day::date FROM generate_series($1::date, $2::date, interval '1 day') day
-WHERE NOT EXISTS (SELECT FROM helixflow.ledger_days d WHERE d.day = day::date)
+SELECT s.since::date AS day FROM generate_series($1::date, $2::date, interval '1 day') s (since)
+WHERE NOT EXISTS (SELECT FROM helixflow.ledger_days d WHERE d.day = s.since::date)
 AND EXISTS (
-    SELECT FROM helixflow.requests r
-    WHERE r.at >= day::timestamp AT TIME ZONE 'UTC' AND r.at < (day::timestamp + interval '1 day') AT TIME ZONE 'UTC'
+    SELECT FROM helixflow.requests r WHERE r.at >= s.since::timestamp AT TIME ZONE 'UTC'
+    AND r.at < (s.since::timestamp + interval '1 day') AT TIME ZONE 'UTC'
 )
 """
 _BOUNDS: Final = "SELECT min(day), max(day) FROM helixflow.ledger_days"
 _OUTSIDE: Final = """
 SELECT (at AT TIME ZONE 'UTC')::date FROM helixflow.requests WHERE at < $1 OR at >= $2 LIMIT 1
 """
-_SUMS: Final = (
-    "organisation_id, user_id, key_id, model, endpoint, sum(requests)::bigint, sum(errors)::bigint, "
-    "sum(interrupted)::bigint, sum(prompt_tokens)::bigint, sum(cached_tokens)::bigint, "
-    "sum(completion_tokens)::bigint, sum(cost)::bigint"
+_SUMS: Final = ", ".join(
+    f"sum({name})::bigint AS {name}"
+    for name in ("requests", "errors", "interrupted", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
 )
-# What is summed up of the day's rows, against the rows themselves.
+# The sums of a day, as its rows say and as they are kept.
 _USAGE: Final = f"""
 WITH counted AS (
-    SELECT organisation_id, user_id, key_id, model, endpoint, count(*) AS requests,
+    SELECT $1::date AS day, organisation_id, user_id, key_id, model, endpoint, count(*) AS requests,
         count(*) FILTER (WHERE status >= 400 OR error <> '') AS errors,
         count(*) FILTER (WHERE finish = 'interrupted') AS interrupted, sum(prompt_tokens)::bigint AS prompt_tokens,
         sum(cached_tokens)::bigint AS cached_tokens, sum(completion_tokens)::bigint AS completion_tokens,
         sum(cost)::bigint AS cost
-    FROM helixflow.requests WHERE at >= $2 AND at < $3 GROUP BY 1, 2, 3, 4, 5
-), kept AS (SELECT * FROM helixflow.usage_daily WHERE day = $1)
-SELECT EXISTS (
-    (SELECT {_SUMS} FROM counted GROUP BY 1, 2, 3, 4, 5 EXCEPT SELECT {_SUMS} FROM kept GROUP BY 1, 2, 3, 4, 5)
-    UNION ALL
-    (SELECT {_SUMS} FROM kept GROUP BY 1, 2, 3, 4, 5 EXCEPT SELECT {_SUMS} FROM counted GROUP BY 1, 2, 3, 4, 5)
+    FROM helixflow.requests WHERE at >= $2 AND at < $3 GROUP BY 1, 2, 3, 4, 5, 6
+), due AS (
+    SELECT 1 AS kind, * FROM counted
+    UNION ALL SELECT 2, day, organisation_id, user_id, key_id, '', '', {_SUMS} FROM counted GROUP BY 2, 3, 4, 5
+    UNION ALL SELECT 3, day, organisation_id, NULL, NULL, model, endpoint, {_SUMS} FROM counted GROUP BY 2, 3, 6, 7
+), kept AS (
+    SELECT 1 AS kind, * FROM helixflow.usage_daily WHERE day = $1
+    UNION ALL SELECT 2, * FROM helixflow.usage_keys WHERE day = $1
+    UNION ALL SELECT 3, * FROM helixflow.usage_models WHERE day = $1
 )
+SELECT EXISTS ((TABLE due EXCEPT TABLE kept) UNION ALL (TABLE kept EXCEPT TABLE due))
+"""  # noqa: S608 - constants
+# Months whose sums are not those of their days.
+_MONTHS: Final = f"""
+WITH due AS (
+    SELECT date_trunc('month', day)::date AS day, organisation_id, user_id, key_id, model, endpoint, {_SUMS}
+    FROM helixflow.usage_daily WHERE day >= $1 AND day < $2 GROUP BY 1, 2, 3, 4, 5, 6
+), kept AS (SELECT * FROM helixflow.usage_monthly WHERE day >= $1 AND day < $2)
+SELECT DISTINCT day FROM ((TABLE due EXCEPT TABLE kept) UNION ALL (TABLE kept EXCEPT TABLE due)) wrong ORDER BY day
 """  # noqa: S608 - constants
 
 
@@ -143,8 +154,20 @@ async def verify(connection: Any, key: bytes, first: date | None = None, last: d
         report.faults.append(LedgerFault(day.isoformat(), 0, "", "the day has rows but no head of its chain"))
     for row in await connection.fetch(_DAYS, first or low, last or high):
         await _verify_day(connection, key, row["day"], report)
+    await _verify_months(connection, first or low, last or high, report)
     report.faults.sort(key=lambda fault: fault.day)
     return report
+
+
+async def _verify_months(connection: Any, first: date, last: date, report: Report) -> None:
+    async with connection.transaction(isolation="repeatable_read", readonly=True):
+        await connection.execute("SET LOCAL statement_timeout = 0")
+        until = (last.replace(day=1) + timedelta(days=32)).replace(day=1)
+        wrong = await connection.fetch(_MONTHS, first.replace(day=1), until, timeout=DAY_S)
+    known = {fault.day[:7] for fault in report.faults}  # what is wrong with a day is wrong with its month
+    for month in (row["day"].isoformat() for row in wrong):
+        if month[:7] not in known:
+            report.faults.append(LedgerFault(month, 0, "", "the month's usage is not the sum of its days"))
 
 
 def midnight(day: date) -> datetime:

@@ -1,12 +1,13 @@
 """What is asked of the ledger: usage summed up by day, model, key, user; single requests, page by page.
 
-Usage comes from three sums that the writer keeps (see the migration), never from the rows: what a question costs
+Usage comes from four sums that the writer keeps (see the migration), never from the rows: what a question costs
 depends on how many keys and models were used, not on how many requests there were.
 """
 
+import contextlib
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any, Final
@@ -33,16 +34,18 @@ _COLUMNS: Final = {
     "user": "user_id",
     "organisation": "organisation_id",
 }
-_SUMS: Final = ("requests", "errors", "interrupted", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
+_COUNTS: Final = "requests, errors, interrupted, prompt_tokens, cached_tokens, completion_tokens, cost"
+_SUMS: Final = ", ".join(f"sum({name})::bigint AS {name}" for name in _COUNTS.split(", "))
 _NAMES: Final = {
     "key": ("k.name", "LEFT JOIN helixflow.api_keys k ON k.id = s.key_id"),
     "user": ("u.email", "LEFT JOIN helixflow.users u ON u.id = s.user_id"),
     "organisation": ("o.name", "LEFT JOIN helixflow.organisations o ON o.id = s.organisation_id"),
 }
-_LATER: Final = "SELECT EXISTS (SELECT FROM helixflow.usage_organisations WHERE day > $1 AND day < $2)"
+_LAST_MS: Final = midnight_us(date(2101, 1, 1)) // 1000
+_LATER: Final = "SELECT EXISTS (SELECT FROM helixflow.usage_models WHERE day > $1 AND day < $2)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UsageRow:
     """One group of a usage report; what it was not grouped by is empty. The fields of admin.proto."""
 
@@ -66,7 +69,7 @@ class UsageRow:
     """Nano currency units."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LedgerRow:
     """One request. The fields of admin.proto; ids that are unknown are empty."""
 
@@ -135,53 +138,68 @@ async def usage(
         raise refusal(
             InvalidRequest, f"Usage cannot be grouped by {', '.join(unknown)}, only by {', '.join(GROUPS)}.", "group_by"
         )
-    filters = {"organisation_id": organisation_id, "key_id": key_id, "user_id": user_id, "model": model or None}
-    where = [f"{name} = ${number}" for number, name in enumerate((n for n, v in filters.items() if v is not None), 3)]
-    values = [value for value in filters.values() if value is not None]
-    keyed = bool({"key", "user"} & set(groups)) or key_id is not None or user_id is not None
-    sources = await _sources(connection, first, last, keyed=keyed, daily="day" in groups)
-    sums = ", ".join(f"sum({name})::bigint AS {name}" for name in _SUMS)
-    columns = ", ".join(_COLUMNS[group] for group in groups)
-    inner = " UNION ALL ".join(
-        f"SELECT * FROM helixflow.{table} WHERE {' AND '.join([days, *where])}"  # noqa: S608 - constants
-        for table, days in sources
-    )
-    names = "".join(f", {_NAMES[group][0]} AS {group}" for group in groups if group in _NAMES)
-    joins = " ".join(_NAMES[group][1] for group in groups if group in _NAMES)
-    query = (
-        f"SELECT s.*{names} FROM (SELECT {columns}, {sums} FROM ({inner}) p GROUP BY {columns} "  # noqa: S608 - constants
-        f"ORDER BY {columns} LIMIT {USAGE_ROWS + 1}) s {joins} ORDER BY {', '.join(f's.{_COLUMNS[g]}' for g in groups)}"
-    )
-    found = await connection.fetch(query, first, last, *values)
+    wanted = {"organisation_id": organisation_id, "key_id": key_id, "user_id": user_id, "model": model or None}
+    filters = {name: value for name, value in wanted.items() if value is not None}
+    async with planned(connection):
+        parts = await _parts(connection, first, last, {*groups, *filters})
+        found = await connection.fetch(_query(groups, parts, list(filters)), first, last, *filters.values())
     if len(found) > USAGE_ROWS:
         raise refusal(
             InvalidRequest,
             f"The report would have more than {USAGE_ROWS} rows. Ask for fewer days, or group by less.",
             "group_by",
         )
-    return [UsageRow(**{name: _plain(value) for name, value in row.items()}) for row in found]
+    return [UsageRow(**dict(row)) for row in found]
 
 
-async def _sources(connection: Any, first: date, last: date, *, keyed: bool, daily: bool) -> list[tuple[str, str]]:
-    """Tables whose rows, within a condition on the days $1 to $2, are the period's usage."""
-    if not keyed:
-        return [("usage_organisations", "day BETWEEN $1 AND $2")]
-    everything = [("usage_daily", "day BETWEEN $1 AND $2")]
-    if daily:
-        return everything
-    since = first if first.day == 1 else _next_month(first)
-    until = _next_month(last)  # a month is complete when nothing comes after the last day
-    if (last + timedelta(days=1)).day != 1 and await connection.fetchval(_LATER, last, until):
-        until = last.replace(day=1)
-    if since >= until:
-        return everything
-    # The parameters must stand in each part, or the server could not tell their types.
-    whole = ("usage_monthly", f"day >= '{since}' AND day < '{until}' AND $1::date <= $2::date")
-    edges = (
-        ("usage_daily", f"day >= $1 AND day <= $2 AND day < '{since}'"),
-        ("usage_daily", f"day >= '{until}' AND day <= $2"),
+@contextlib.asynccontextmanager
+async def planned(connection: Any) -> AsyncIterator[None]:
+    """A transaction whose statements are planned for their own values: some ask for a day, others for years."""
+    async with connection.transaction():
+        await connection.execute("SET LOCAL plan_cache_mode = force_custom_plan")
+        yield
+
+
+def _query(groups: Sequence[str], parts: Sequence[str], filters: Sequence[str]) -> str:
+    """The statement; $1 and $2 are the days, the values of `filters` come after them."""
+    columns = [_COLUMNS[group] for group in groups]
+    joined = {group: _NAMES[group] for group in groups if group in _NAMES}
+    where = "".join(f" AND {name} = ${number}" for number, name in enumerate(filters, 3))
+    rows = " UNION ALL ".join(f"SELECT * FROM helixflow.{part}{where}" for part in parts)  # noqa: S608 - constants
+    listed = ", ".join(columns)
+    texts = {column: f"s.{column}::text" for column in columns} | {group: name for group, (name, _) in joined.items()}
+    shown = ", ".join(f"coalesce({value}, '') AS \"{name}\"" for name, value in texts.items())
+    joins = " ".join(join for _, join in joined.values())
+    order = ", ".join(f"s.{column}" for column in columns)
+    return (
+        f"SELECT {shown}, {_COUNTS} FROM (SELECT {listed}, {_SUMS} FROM ({rows}) p GROUP BY {listed} "  # noqa: S608
+        f"ORDER BY {listed} LIMIT {USAGE_ROWS + 1}) s {joins} ORDER BY {order}"
     )
-    return [whole, *(edge for edge, needed in zip(edges, (first < since, until <= last), strict=True) if needed)]
+
+
+async def _parts(connection: Any, first: date, last: date, about: set[str]) -> list[str]:
+    """Tables whose rows, within a condition on the days $1 to $2, are the period's usage; the smallest that will do.
+
+    `about`: what the question groups by and asks for.
+    """
+    single = bool(about & {"key_id", "user_id"})
+    detailed = single or bool(about & {"model", "endpoint"})
+    if not single and not about & {"key", "user"}:
+        return ["usage_models WHERE day BETWEEN $1 AND $2"]
+    daily = "usage_daily" if detailed else "usage_keys"
+    since = first if first.day == 1 else _next_month(first)
+    until = _next_month(last)
+    if (last + timedelta(days=1)).day != 1 and await connection.fetchval(_LATER, last, until):
+        until = last.replace(day=1)  # the last month has rows behind the last day
+    if single or "day" in about or since >= until:
+        return [f"{daily} WHERE day BETWEEN $1 AND $2"]
+    # Each part names a parameter, or the server could not tell their types.
+    parts = [f"usage_monthly WHERE day >= '{since}' AND day < '{until}' AND $1::date <= $2::date"]
+    if first < since:
+        parts.append(f"{daily} WHERE day >= $1 AND day <= $2 AND day < '{since}'")
+    if until <= last:
+        parts.append(f"{daily} WHERE day >= '{until}' AND day <= $2")
+    return parts
 
 
 def _next_month(day: date) -> date:
@@ -214,7 +232,7 @@ async def requests(
     if after:
         place = _place(after)
         # The id holds the time, so that the months before it need not be looked into.
-        since = max(since, EPOCH + timedelta(milliseconds=place.int >> 80))
+        since = max(since, min(until, EPOCH + timedelta(milliseconds=min(place.int >> 80, _LAST_MS))))
     else:
         place = uuid.UUID(int=max(int.from_bytes(id_bound(midnight_us(first))) - 1, 0))
     where = ["at >= $1", "at < $2", "id > $3"]
@@ -223,12 +241,13 @@ async def requests(
         if value is not None:
             values.append(value)
             where.append(f"{name} = ${len(values)}")
-    found = await connection.fetch(
+    query = (
         "SELECT id, at, organisation_id, user_id, key_id, model, endpoint, prompt_tokens, cached_tokens, "  # noqa: S608
         "completion_tokens, queue_us, first_token_us, total_us, finish, error, status, client, cost, request_id "
-        f"FROM helixflow.requests WHERE {' AND '.join(where)} ORDER BY id LIMIT {rows + 1}",
-        *values,
+        f"FROM helixflow.requests WHERE {' AND '.join(where)} ORDER BY id LIMIT {rows + 1}"
     )
+    async with planned(connection):
+        found = await connection.fetch(query, *values)
     page = [_ledger_row(row) for row in found]
     return page[:rows], page[rows - 1].id if len(page) > rows else ""
 

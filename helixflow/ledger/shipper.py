@@ -234,12 +234,21 @@ class Shipper:
         while more:
             records, more = await self._collect(source)
             await self._ship(orphan.id, records)
-            orphan.shipped()
-        orphan.finish()
+            await _in_thread(orphan.shipped)
+        await _in_thread(orphan.finish)
         self.stats.adopted += 1
         self.stats.interrupted += orphan.interrupted
         if orphan.interrupted:
             logger.warning("requests were interrupted", spool=orphan.id, requests=orphan.interrupted)
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Removes files, which takes milliseconds each; also when cancelled, it has ended afterwards."""
+    task = asyncio.create_task(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(task)
+    finally:
+        await asyncio.wait({task})
 
 
 def _set_aside(path: Path, spool: str, record: bytes, reason: str) -> None:

@@ -41,7 +41,7 @@ COLUMNS: Final = (
     "request_id",
 )
 ATTEMPTS: Final = 3
-"""A partition may be dropped, or a row written by somebody else, between two statements."""
+"""A partition may be dropped between two statements."""
 
 _HEADS: Final = """
 SELECT day, sequence, hash, dropped_sequence, dropped_hash FROM helixflow.ledger_days
@@ -67,7 +67,7 @@ ON CONFLICT (day, organisation_id, user_id, key_id, model, endpoint) DO UPDATE S
     cached_tokens = u.cached_tokens + excluded.cached_tokens,
     completion_tokens = u.completion_tokens + excluded.completion_tokens, cost = u.cost + excluded.cost
 """
-_TOTALS: Final = (
+_SUMS: Final = (
     "sum(requests), sum(errors), sum(interrupted), sum(prompt_tokens), sum(cached_tokens), sum(completion_tokens), "
     "sum(cost)"
 )
@@ -80,13 +80,16 @@ WITH n AS (
         cached_tokens, completion_tokens, cost)
 ), daily AS (
     INSERT INTO helixflow.usage_daily AS u SELECT * FROM n ORDER BY 1, 2, 3, 4, 5, 6 {_ADD}
-), organisations AS (
-    INSERT INTO helixflow.usage_organisations AS u
-    SELECT day, organisation_id, NULL::uuid, NULL::uuid, model, endpoint, {_TOTALS} FROM n
+), keys AS (
+    INSERT INTO helixflow.usage_keys AS u SELECT day, organisation_id, user_id, key_id, '', '', {_SUMS} FROM n
+    GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4 {_ADD}
+), models AS (
+    INSERT INTO helixflow.usage_models AS u
+    SELECT day, organisation_id, NULL::uuid, NULL::uuid, model, endpoint, {_SUMS} FROM n
     GROUP BY 1, 2, 5, 6 ORDER BY 1, 2, 5, 6 {_ADD}
 )
 INSERT INTO helixflow.usage_monthly AS u
-SELECT date_trunc('month', day)::date, organisation_id, user_id, key_id, model, endpoint, {_TOTALS} FROM n
+SELECT date_trunc('month', day)::date, organisation_id, user_id, key_id, model, endpoint, {_SUMS} FROM n
 GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6 {_ADD}
 """  # noqa: S608 - constants
 _CONTENTS: Final = """
@@ -98,13 +101,17 @@ ON CONFLICT DO NOTHING
 logger = log.get("ledger")
 
 
+class _GoneError(Exception):
+    """Somebody removed what the writer relies on."""
+
+
 class Writer:
     """The ledger's only writer in this process. Any number of them may work at once, on one or many machines."""
 
     def __init__(self, pool: Pool, chain_key: bytes) -> None:
         self._pool = pool
         self._key = chain_key
-        self._months: set[date] = set()
+        self._days: set[date] = set()  # whose partition and head exist
 
     async def append(self, spool: str, records: Sequence[bytes]) -> tuple[int, int]:
         """Writes encoded rows and contents of one spool, all or nothing; returns how many rows were new, and known.
@@ -117,14 +124,14 @@ class Writer:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     return await self._append(rows, contents)
-                except asyncpg.CheckViolationError:
-                    # The partition that was there is there no more.
-                    self._months.clear()
+                except (asyncpg.CheckViolationError, _GoneError):
+                    # What was there is there no more.
+                    self._days.clear()
                     if attempt == ATTEMPTS:
                         raise
         except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
             raise refusal(InvalidRequest, f"The database refuses a record of the batch: {error}.", "records") from None
-        except (DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except (DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, _GoneError) as error:
             logger.warning("rows could not be written; the gateway keeps them", spool=spool, error=str(error))
             raise refusal(Unavailable, "The ledger's database is not available now. Try again later.") from None
         raise AssertionError("unreachable")
@@ -132,13 +139,13 @@ class Writer:
     async def _append(self, rows: dict[bytes, Row], contents: Sequence[Content]) -> tuple[int, int]:
         async with self._pool.acquire() as connection:
             days = sorted({day_of(row.at_us) for row in rows.values()})
-            for month in sorted({day.replace(day=1) for day in days} - self._months):
-                await connection.execute("SELECT helixflow.requests_partition($1)", month)
-                self._months.add(month)
+            await self._prepare(connection, [day for day in days if day not in self._days])
             async with connection.transaction():
                 new = list(rows.values())
                 if new:
-                    heads = await self._heads(connection, days)
+                    heads = {row["day"]: Head(*row) for row in await connection.fetch(_HEADS, days)}
+                    if len(heads) < len(days):
+                        raise _GoneError("the head of a day's chain was removed")
                     new = await self._write(connection, new, heads)
                     if new:
                         await connection.execute(_SET_HEADS, *self._columns(heads.values()))
@@ -147,15 +154,15 @@ class Writer:
                     await connection.execute(_CONTENTS, *_texts(contents))
         return len(new), len(rows) - len(new)
 
-    async def _heads(self, connection: Any, days: Sequence[date]) -> dict[date, Head]:
-        """Locks the days: whoever else has rows for one of them waits."""
-        found = await connection.fetch(_HEADS, days)
-        if len(found) < len(days):
-            known = {row["day"] for row in found}
-            fresh = [Head(day, 0, start(self._key, day)) for day in days if day not in known]
-            await connection.execute(_NEW_HEADS, *self._columns(fresh))
-            found = await connection.fetch(_HEADS, days)
-        return {row["day"]: Head(*row) for row in found}
+    async def _prepare(self, connection: Any, days: Sequence[date]) -> None:
+        """Makes partitions and heads, outside of the transaction: inside, two that make each other's would block."""
+        if not days:
+            return
+        for month in sorted({day.replace(day=1) for day in days}):
+            await connection.execute("SELECT helixflow.requests_partition($1)", month)
+        fresh = [Head(day, 0, start(self._key, day)) for day in days]
+        await connection.execute(_NEW_HEADS, *self._columns(fresh))
+        self._days.update(days)
 
     def _columns(self, heads: Iterable[Head]) -> tuple[list[Any], ...]:
         listed = list(heads)

@@ -131,9 +131,9 @@ class Table:
         return plan
 
     def forget(self, now: float) -> list[Counter]:
-        """Looks at a part of what is known; returns the counters that are gone."""
+        """Looks at the oldest part of what is known; returns the counters that are gone."""
         gone = []
-        for _ in range(min(len(self._ages), max(1000, len(self._ages) // 10))):
+        for _ in range(min(len(self._ages), max(500, len(self._ages) // 60))):
             key = self._ages.popleft()
             if isinstance(key, int):
                 if self.plans[key].until + MINUTE_S < now:
@@ -159,7 +159,6 @@ class Table:
                 counter.hand = 0  # the store decides anew
             if counter.room >= 0:
                 counter.room = max(0, counter.room + limit - counter.limit)
-                counter.room_at = -math.inf  # a guess: nobody is refused because of it
             counter.limit = limit
             counter.share = None
         counter.planned_at = now

@@ -8,6 +8,7 @@ from itertools import chain
 from helixflow import log
 from helixflow.core_rs import CoreError
 from helixflow.limits.counters import Counter
+from helixflow.limits.model import Metric
 from helixflow.limits.store import MAX_ITEMS, Call, Granted, Item
 
 TICK_S = 0.05
@@ -102,7 +103,7 @@ class Exchange:
             self._refresh_at = now + REFRESH_S
             self._held = {counter for counter in self._held if counter.end > now}
             self.due |= self._held | self._dirty
-        return refresh or bool(self.due)
+        return refresh or self.away or bool(self.due)
 
     def _examine(self, counter: Counter, now: float) -> bool:
         """Whether the store must hear about it soon."""
@@ -160,7 +161,7 @@ class Exchange:
             self._failed(counters, TimeoutError("the gateway stops"))
             raise
         else:
-            self._correct(granted.now_ms / 1000 - (began + self._clock()) / 2)
+            self._correct(granted.now_ms / 1000, began, self._clock())
             self._answered(counters, items, granted)
 
     def _items(self, needs: Needs) -> tuple[list[Counter], tuple[Item, ...]]:
@@ -169,11 +170,13 @@ class Exchange:
         fresh = not self._frozen
         if fresh:
             self._batch += 1
-        counters: dict[Counter, None] = {}
+        chosen: dict[tuple[str, Metric, int], Counter] = {}
         for counter in chain(self._frozen, needs, self.due):
-            if len(counters) == MAX_ITEMS:
+            if len(chosen) == MAX_ITEMS:
                 break
-            counters[counter] = None
+            # After a clock was set back there may be two of a kind, of which one is on its way out.
+            chosen.setdefault((counter.subject, counter.metric, counter.window), counter)
+        counters = list(chosen.values())
         self.due.difference_update(counters)
         items = []
         for counter in counters:
@@ -197,7 +200,7 @@ class Exchange:
                     self._frozen.get(counter, 0),
                 )
             )
-        return list(counters), tuple(items)
+        return counters, tuple(items)
 
     def _answered(self, counters: list[Counter], items: tuple[Item, ...], granted: Granted) -> None:
         now = self.now()
@@ -235,8 +238,9 @@ class Exchange:
             level = logger.warning if isinstance(error, (CoreError, TimeoutError, OSError)) else logger.error
             level("limits are counted by this gateway alone", error=reason, gateways=self.gateways)
 
-    def _correct(self, offset: float) -> None:
-        """Follows the store's clock when this machine's is wrong."""
-        if abs(offset - self._offset) > STEP_S:
+    def _correct(self, theirs: float, began: float, ended: float) -> None:
+        """Follows the store's clock, which was read between `began` and `ended`, when this machine's is wrong."""
+        offset = theirs - (began + ended) / 2
+        if abs(offset - self._offset) > STEP_S + (ended - began) / 2:
             self._offset = offset
             logger.warning("this machine's clock differs from the auth-service's", seconds=round(offset, 1))

@@ -5,6 +5,7 @@ A request is charged to the windows in which it was admitted. What it reserved a
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from helixflow.limits.store import MAX_ITEMS
 
 QUICK_S = 0.05
 """The store is not asked again within this time (seconds) for more than it had left."""
+
+FORGET_EACH_S = 1.0
+"""How often (seconds) a part of what is known is looked through for what nobody asks for any more."""
 
 MAX_NEEDS = MAX_ITEMS - MAX_SPENT - 3 * len(Metric)
 """With more counters to ask for, those who came last wait for the next call. One request adds at most 21."""
@@ -65,6 +69,11 @@ class Reservation:
         return [] if self._limiter is None else headers(self._plan, self._limiter.now())
 
     @property
+    def since(self) -> float:
+        """Start of the minute that the request is charged to (seconds since the epoch)."""
+        return self._plan.since
+
+    @property
     def open(self) -> bool:
         """Neither settled nor cancelled."""
         return self._open
@@ -109,6 +118,7 @@ class Limiter:
         self._waiters: deque[_Waiter] = deque()
         self._calling: asyncio.Task[None] | None = None
         self._clock = clock
+        self._forget_at = -math.inf
 
     @property
     def fallbacks(self) -> int:
@@ -196,7 +206,9 @@ class Limiter:
         now = self.now()
         if self._exchange.tick(now):
             self._call()
-        self._exchange.forget(self._table.forget(now))
+        if not self._forget_at - FORGET_EACH_S <= now < self._forget_at:
+            self._forget_at = now + FORGET_EACH_S
+            self._exchange.forget(self._table.forget(now))
 
     async def close(self) -> None:
         """Returns everything that no request holds; waits for calls under way. `run` must have ended."""

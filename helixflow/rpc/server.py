@@ -18,6 +18,10 @@ LAST_FRAMES_MS = 1000
 """Time for the last answers to leave, behind the time that the handlers have."""
 
 
+WATCHERS = frozenset({"monitoring"})
+"""Services that may always connect: for health and reflection, which name nobody."""
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who calls: the service of the client certificate, the address of the connection, and the id of the request."""
@@ -72,9 +76,10 @@ class Server:
     def start(self, listen: str, tls: TlsFiles) -> str:
         """Serves on `listen` (`host:port`) and returns the bound address; health says "not serving" at first.
 
-        Only the services that may call some method can connect. Raises TlsError, InvalidRequest or Unavailable.
+        Only the services that may call some method can connect, and `WATCHERS`. Raises TlsError, InvalidRequest or
+        Unavailable.
         """
-        allow = sorted(frozenset().union(*(route.callers for route in self._routes.values())))
+        allow = sorted(WATCHERS.union(*(route.callers for route in self._routes.values())))
         address = self._server.serve(listen, tls, allow)
         asyncio.get_running_loop().add_reader(self._server.fileno(), self._ready)
         return address

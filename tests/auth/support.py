@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from argon2 import PasswordHasher
 
@@ -24,6 +24,7 @@ from helixflow.auth.signing import Signer
 from helixflow.config import AuthConfig, DatabaseConfig
 from helixflow.db.pool import Pool
 from helixflow.db.target import Target
+from helixflow.ledger.record import Row, new_id
 from helixflow.pki.layout import Layout
 
 CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
@@ -81,9 +82,7 @@ class World:
     async def user(self, email: str, role: str = "member", organisation: str = "default") -> UUID:
         """A person with PASSWORD, which need not be changed."""
         stored = await self.passwords.hash(PASSWORD)
-        made = await self.do(
-            users.create, OPERATOR, organisation=organisation, email=email, role=role, password=stored
-        )
+        made = await self.do(users.create, OPERATOR, organisation=organisation, email=email, role=role, password=stored)
         await self.value("UPDATE users SET must_change_password = false WHERE id = $1", UUID(made.id))
         return UUID(made.id)
 
@@ -101,6 +100,15 @@ class World:
         """A key: its UUID and secret."""
         made = await self.do(api_keys.create, OPERATOR, SECRET, str(user), Wanted(name, **wanted))
         return UUID(made.key.id), made.secret
+
+    async def blocked(self) -> None:
+        """Returns when somebody waits for a lock of this database."""
+        waiting = False
+        while not waiting:
+            waiting = await self.value(
+                "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() "
+                "AND wait_event_type = 'Lock')"
+            )
 
     async def audited(self, action: str) -> list[Any]:
         return await self.rows("SELECT * FROM audit_log WHERE action = $1 ORDER BY id", action)
@@ -134,6 +142,40 @@ def run(work: Awaitable[None]) -> None:
     asyncio.run(bounded())
 
 
+def row(at_us: int, *, organisation: UUID, user: UUID, key: UUID | None = None) -> Row:
+    """One request in the ledger."""
+    return Row(
+        id=new_id(at_us),
+        at_us=at_us,
+        organisation=organisation.bytes,
+        user=user.bytes,
+        key=key.bytes if key else None,
+        model="m",
+        endpoint="/v1/x",
+        prompt_tokens=1,
+        cached_tokens=0,
+        completion_tokens=1,
+        queue_us=0,
+        first_token_us=0,
+        total_us=0,
+        finish="stop",
+        error="",
+        status=200,
+        client="",
+        cost=0,
+        request_id="r",
+        gateway=uuid4().bytes,
+    )
+
+
 def copy(pki: Layout, place: Path) -> Layout:
     """A certificate directory that the test may change."""
     return Layout(Path(shutil.copytree(pki.directory, place / "certs")))
+
+
+def rotate(layout: Layout, other: Layout) -> None:
+    """As `helixflow pki rotate-tokens` does it, with a pair that was made before: making one takes a second."""
+    for source, place in ((other.jwt_private, layout.jwt_private), (other.jwt_public, layout.jwt_public)):
+        fresh = place.with_suffix(".new")
+        shutil.copy2(source, fresh)
+        fresh.replace(place)

@@ -118,7 +118,9 @@ def test_every_refused_name_costs_a_hash(target: Target, pki: Layout) -> None:
     async def test() -> None:
         async with world(target, pki) as w:
             await w.user("ann@example.com")
-            provider_only = "INSERT INTO users (organisation_id, email, role) SELECT id, $1, 'member' FROM organisations"
+            provider_only = (
+                "INSERT INTO users (organisation_id, email, role) SELECT id, $1, 'member' FROM organisations"
+            )
             await w.value(provider_only, "oidc@example.com")
             seen: list[str] = []
             verify = w.passwords._verify
@@ -371,6 +373,9 @@ def test_unicode_passwords_match_in_any_form() -> None:
         assert await hashes.matches(stored, "pa\u0308sswo\u0308rd u\u0308nlimited")
         assert not await hashes.matches(stored, "password unlimited")
         assert not await hashes.matches("no hash at all", "x")
+        # Whoever has no password has not the one that only takes the time.
+        hashes._nobody = stored
+        assert not await hashes.matches(None, "pässwörd ünlimited")
         hashes.close()
 
     run(test())

@@ -1,7 +1,6 @@
 """The file behind all digests."""
 
 import asyncio
-import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,9 @@ from helixflow.auth.pepper import Pepper, open_pepper
 from helixflow.config import DatabaseConfig
 from helixflow.db.pool import Pool
 from helixflow.db.target import Target
+from helixflow.pki.layout import Layout
+
+from .support import run, world
 
 
 async def _open(target: Target, *paths: Path) -> list[Pepper | BaseException]:
@@ -53,13 +55,21 @@ def test_several_first_starts_at_once_agree(target: Target, tmp_path: Path) -> N
     found = start(target, *[tmp_path / "pepper"] * 6)
     assert all(isinstance(each, Pepper) for each in found)
     assert len({each.check() for each in found if isinstance(each, Pepper)}) == 1
-    assert os.listdir(tmp_path) == ["pepper"]
+    assert [path.name for path in tmp_path.iterdir()] == ["pepper"]
 
 
-def test_of_two_machines_the_second_is_refused(target: Target, tmp_path: Path) -> None:
-    found = start(target, tmp_path / "a" / "pepper", tmp_path / "b" / "pepper")
-    assert sorted(type(each).__name__ for each in found) == ["Pepper", "PepperError"]
-    assert "copy it from the machine of another auth-service" in str(next(e for e in found if isinstance(e, PepperError)))
+def test_of_two_machines_the_second_is_refused(target: Target, pki: Layout, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with world(target, pki) as w:
+            async with w.begin() as connection:
+                await open_pepper(connection, tmp_path / "a" / "pepper")
+                second = asyncio.create_task(w.do(open_pepper, tmp_path / "b" / "pepper"))
+                await w.blocked()
+            with pytest.raises(PepperError, match="copy it from the machine of another auth-service"):
+                await second
+            assert not (tmp_path / "b").exists()
+
+    run(test())
 
 
 def test_a_missing_file_is_not_made_anew(target: Target, tmp_path: Path) -> None:

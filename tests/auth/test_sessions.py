@@ -146,9 +146,9 @@ def test_what_ends_every_session_of_a_user(target: Target, pki: Layout, what: st
 @pytest.mark.parametrize(
     "token", ["", "hr-", "hr-unknown", "hf-x", "x" * 5000, "hr-" + "x" * 200, "hr-é", *("hr-" + i for i in INJECTIONS)]
 )
-def test_tokens_that_are_none(target: Target, pki: Layout, token: str) -> None:
+def test_tokens_that_are_none(shared: Target, pki: Layout, token: str) -> None:
     async def test() -> None:
-        async with world(target, pki) as w:
+        async with world(shared, pki) as w:
             with pytest.raises(InvalidToken):
                 await refresh(w, token)
             async with w.pool.acquire() as connection:

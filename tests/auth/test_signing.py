@@ -21,11 +21,11 @@ from helixflow.auth.errors import SigningKeyError
 from helixflow.auth.signing import Signer
 from helixflow.core_rs import CoreError, InvalidToken, Unavailable
 from helixflow.db.target import Target
-from helixflow.pki import issue, keys
+from helixflow.pki import keys
 from helixflow.pki.keys import KeyType
 from helixflow.pki.layout import Layout
 
-from .support import World, copy, run, world
+from .support import World, copy, rotate, run, world
 
 USER, SESSION = UUID(int=1), UUID(int=2)
 
@@ -108,11 +108,11 @@ def test_the_key_set_is_public_and_named_by_thumbprint(target: Target, pki: Layo
 # --- forgeries -------------------------------------------------------------------
 
 
-def test_alg_none(target: Target, pki: Layout) -> None:
+def test_alg_none(shared: Target, pki: Layout) -> None:
     for alg in ("none", "None", "NONE"):
         for tail in ("", encoded(b"x")):
             refused(
-                target,
+                shared,
                 pki,
                 lambda w, alg=alg, tail=tail: ".".join(
                     (encoded({"alg": alg, "kid": w.signer.kid, "typ": "JWT"}), encoded(claims(w)), tail)
@@ -121,48 +121,46 @@ def test_alg_none(target: Target, pki: Layout) -> None:
             )
 
 
-def test_the_public_key_is_no_secret_for_hmac(target: Target, pki: Layout) -> None:
+def test_the_public_key_is_no_secret_for_hmac(shared: Target, pki: Layout) -> None:
     def forge(w: World) -> str:
         public = pki.jwt_public.read_bytes()
         body = encoded({"alg": "HS256", "kid": w.signer.kid, "typ": "JWT"}) + "." + encoded(claims(w))
         return body + "." + encoded(hmac.digest(public, body.encode(), "sha256"))
 
-    refused(target, pki, forge, "not one of ours")
+    refused(shared, pki, forge, "not one of ours")
 
 
-def test_other_algorithms_of_the_same_key(target: Target, pki: Layout) -> None:
+def test_other_algorithms_of_the_same_key(shared: Target, pki: Layout) -> None:
     for alg in ("RS512", "PS256"):
-        refused(target, pki, lambda w, alg=alg: signed(w, {"alg": alg}), "not one of ours")
+        refused(shared, pki, lambda w, alg=alg: signed(w, {"alg": alg}), "not one of ours")
 
 
-def test_another_key_under_our_key_id(target: Target, pki: Layout) -> None:
+def test_another_key_under_our_key_id(shared: Target, pki: Layout) -> None:
     other = RSAKey.generate_key(2048)
-    refused(target, pki, lambda w: signed(w, key=other), "signature is wrong")
+    refused(shared, pki, lambda w: signed(w, key=other), "signature is wrong")
 
 
-def test_another_key_under_its_own_id(target: Target, pki: Layout) -> None:
+def test_another_key_under_its_own_id(shared: Target, pki: Layout) -> None:
     other = RSAKey.generate_key(2048)
-    refused(target, pki, lambda w: signed(w, {"kid": other.thumbprint()}, key=other), "its key is unknown")
+    refused(shared, pki, lambda w: signed(w, {"kid": other.thumbprint()}, key=other), "its key is unknown")
 
 
-def test_a_key_in_the_token_itself_is_not_used(target: Target, pki: Layout) -> None:
+def test_a_key_in_the_token_itself_is_not_used(shared: Target, pki: Layout) -> None:
     other = RSAKey.generate_key(2048)
     header = {"jwk": other.as_dict(private=False)}
-    refused(target, pki, lambda w: signed(w, header, key=other), "not one of ours|signature is wrong")
+    refused(shared, pki, lambda w: signed(w, header, key=other), "not one of ours|signature is wrong")
     head = {"alg": "ES256"}
     elliptic = ECKey.import_key(ec.generate_private_key(ec.SECP256R1()))
-    refused(target, pki, lambda w: signed(w, head, key=elliptic), "not one of ours")
+    refused(shared, pki, lambda w: signed(w, head, key=elliptic), "not one of ours")
     secret = OctKey.import_key(b"x" * 32)
-    refused(target, pki, lambda w: signed(w, {"alg": "HS256"}, key=secret), "not one of ours")
+    refused(shared, pki, lambda w: signed(w, {"alg": "HS256"}, key=secret), "not one of ours")
 
 
-def test_the_key_id_of_another_registered_key(target: Target, pki: Layout, tmp_path: Path) -> None:
+def test_the_key_id_of_another_registered_key(target: Target, pki: Layout, rotated: Layout) -> None:
     async def test() -> None:
         async with world(target, pki) as w:
-            layout = copy(pki, tmp_path)
-            issue.rotate_tokens(layout)
             async with w.pool.acquire() as connection:
-                other = await Signer.open(connection, layout.jwt_private, w.options)
+                other = await Signer.open(connection, rotated.jwt_private, w.options)
             # Both keys are known; each signature fits its own only.
             await check(w, other.issue(USER, SESSION))
             with pytest.raises(InvalidToken, match="signature is wrong"):
@@ -171,30 +169,30 @@ def test_the_key_id_of_another_registered_key(target: Target, pki: Layout, tmp_p
     run(test())
 
 
-def test_an_altered_payload(target: Target, pki: Layout) -> None:
+def test_an_altered_payload(shared: Target, pki: Layout) -> None:
     def forge(w: World) -> str:
         head, _body, signature = signed(w).split(".")
         return ".".join((head, encoded(claims(w, sub=str(UUID(int=9)))), signature))
 
-    refused(target, pki, forge, "signature is wrong")
+    refused(shared, pki, forge, "signature is wrong")
 
 
-def test_an_altered_signature(target: Target, pki: Layout) -> None:
+def test_an_altered_signature(shared: Target, pki: Layout) -> None:
     def forge(w: World) -> str:
         token = signed(w)
         middle = len(token) - 100
         return token[:middle] + ("A" if token[middle] != "A" else "B") + token[middle + 1 :]
 
-    refused(target, pki, forge, "signature is wrong")
+    refused(shared, pki, forge, "signature is wrong")
 
 
-def test_a_critical_extension_that_we_do_not_know(target: Target, pki: Layout) -> None:
+def test_a_critical_extension_that_we_do_not_know(shared: Target, pki: Layout) -> None:
     def forge(w: World) -> str:
         head = encoded({"alg": "RS256", "kid": w.signer.kid, "typ": "JWT", "crit": ["exp2"], "exp2": 1})
         body = head + "." + encoded(claims(w))
         return body + "." + encoded(b"x" * 512)
 
-    refused(target, pki, forge, "not valid")
+    refused(shared, pki, forge, "not valid")
 
 
 @pytest.mark.parametrize(
@@ -219,48 +217,46 @@ def test_a_critical_extension_that_we_do_not_know(target: Target, pki: Layout) -
     ],
 )
 def test_wrong_claims_under_a_right_signature(
-    target: Target, pki: Layout, changed: dict[str, Any], message: str
+    shared: Target, pki: Layout, changed: dict[str, Any], message: str
 ) -> None:
-    refused(target, pki, lambda w: signed(w, **changed), message)
+    refused(shared, pki, lambda w: signed(w, **changed), message)
 
 
-def test_headers_that_are_not_ours(target: Target, pki: Layout) -> None:
+def test_headers_that_are_not_ours(shared: Target, pki: Layout) -> None:
     for header in ({"typ": "at+jwt"}, {"kid": "x' OR '1'='1"}, {"kid": "\x00"}):
-        refused(target, pki, lambda w, header=header: signed(w, header), "not one of ours|unknown")
+        refused(shared, pki, lambda w, header=header: signed(w, header), "not one of ours|unknown")
     head = {"alg": "RS256", "kid": None, "typ": "JWT"}
-    refused(
-        target, pki, lambda w: ".".join((encoded(head), encoded(claims(w)), encoded(b"x"))), "not one of ours"
-    )
+    refused(shared, pki, lambda w: ".".join((encoded(head), encoded(claims(w)), encoded(b"x"))), "not one of ours")
 
 
 @pytest.mark.parametrize(
     "token",
     ["", ".", "..", "a.b.c", "a.b", "é.b.c", "x" * 5000, "eyJhbGciOiJSUzI1NiJ9..", encoded([]) + ".e30.eA", "hf-key"],
 )
-def test_what_is_no_token_at_all(target: Target, pki: Layout, token: str) -> None:
-    refused(target, pki, lambda _w: token, "not one of ours")
+def test_what_is_no_token_at_all(shared: Target, pki: Layout, token: str) -> None:
+    refused(shared, pki, lambda _w: token, "not one of ours")
 
 
-def test_a_payload_that_is_no_object(target: Target, pki: Layout) -> None:
+def test_a_payload_that_is_no_object(shared: Target, pki: Layout) -> None:
     def forge(w: World) -> str:
         current = w.signer._current
         head = {"alg": "RS256", "kid": current.kid, "typ": "JWT"}
         return jws.serialize_compact(head, b"[1]", current.key, algorithms=["RS256"])
 
-    refused(target, pki, forge, "signature is wrong")
+    refused(shared, pki, forge, "signature is wrong")
 
 
 # --- rotation --------------------------------------------------------------------
 
 
-def test_a_rotated_key_logs_nobody_out(each: Target, pki: Layout, tmp_path: Path) -> None:
+def test_a_rotated_key_logs_nobody_out(each: Target, pki: Layout, rotated: Layout, tmp_path: Path) -> None:
     async def test() -> None:
         layout = copy(pki, tmp_path)
         async with world(each, layout) as w:
             first, old = w.signer.kid, w.signer.issue(USER, SESSION)
             await w.signer.look(w.pool)
             assert w.signer.kid == first
-            await asyncio.to_thread(issue.rotate_tokens, layout)
+            rotate(layout, rotated)
             await w.signer.look(w.pool)
             assert w.signer.kid != first
             for token in (old, w.signer.issue(USER, SESSION)):
@@ -280,27 +276,40 @@ def test_a_rotated_key_logs_nobody_out(each: Target, pki: Layout, tmp_path: Path
 
 
 def test_a_changed_file_is_noticed_while_the_service_runs(
-    target: Target, pki: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Target, pki: Layout, rotated: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signing, "WATCH_S", 0.01)
 
     async def test() -> None:
         layout = copy(pki, tmp_path)
         async with world(target, layout) as w:
-            first = w.signer.kid
+            first, looked = w.signer.kid, asyncio.Event()
+            look = w.signer.look
+
+            async def noted(pool: Any) -> None:
+                try:
+                    await look(pool)
+                finally:
+                    looked.set()
+
+            async def rounds() -> None:
+                for _ in range(2):
+                    looked.clear()
+                    await looked.wait()
+
+            w.signer.look = noted  # type: ignore[method-assign]
             watching = asyncio.create_task(w.signer.watch(w.pool))
             content = layout.jwt_private.read_bytes()
             layout.jwt_private.write_bytes(b"garbage")
-            await asyncio.sleep(0.05)
+            await rounds()
             layout.jwt_private.unlink()
-            await asyncio.sleep(0.05)
+            await rounds()
             assert w.signer.kid == first
-            assert not watching.done()
             layout.jwt_private.write_bytes(content)
             layout.jwt_private.chmod(0o600)
-            await asyncio.to_thread(issue.rotate_tokens, layout)
-            while w.signer.kid == first:
-                await asyncio.sleep(0.01)
+            rotate(layout, rotated)
+            await rounds()
+            assert w.signer.kid != first
             watching.cancel()
             await asyncio.wait({watching})
 
@@ -321,12 +330,12 @@ def test_no_token_outlives_the_registration_of_its_key(target: Target, pki: Layo
     run(test())
 
 
-def test_without_a_database_the_old_key_goes_on(target: Target, pki: Layout, tmp_path: Path) -> None:
+def test_without_a_database_the_old_key_goes_on(target: Target, pki: Layout, rotated: Layout, tmp_path: Path) -> None:
     async def test() -> None:
         layout = copy(pki, tmp_path)
         async with world(target, layout) as w:
             first = w.signer.kid
-            issue.rotate_tokens(layout)
+            rotate(layout, rotated)
             await w.pool.close()
             with pytest.raises(CoreError):
                 await w.signer.look(w.pool)
@@ -336,7 +345,7 @@ def test_without_a_database_the_old_key_goes_on(target: Target, pki: Layout, tmp
 
 
 @pytest.mark.parametrize("kind", ["ecdsa", "short", "garbage", "missing", "readable"])
-def test_a_key_that_cannot_be_used_ends_the_start(target: Target, pki: Layout, tmp_path: Path, kind: str) -> None:
+def test_a_key_that_cannot_be_used_ends_the_start(shared: Target, pki: Layout, tmp_path: Path, kind: str) -> None:
     layout = copy(pki, tmp_path)
     path = layout.jwt_private
     if kind == "ecdsa":
@@ -351,7 +360,7 @@ def test_a_key_that_cannot_be_used_ends_the_start(target: Target, pki: Layout, t
         path.chmod(0o644)
 
     async def test() -> None:
-        async with world(target, pki) as w, w.pool.acquire() as connection:
+        async with world(shared, pki) as w, w.pool.acquire() as connection:
             with pytest.raises(SigningKeyError, match="jwt-private"):
                 await Signer.open(connection, path, replace(w.options))
 

@@ -90,7 +90,7 @@ def test_a_failure_behind_the_first_text_is_an_event() -> None:
 
     with serving(tokens=0, fail_at_step=5) as served:
         run(test, [served.address])
-        assert served.failure is not None
+    assert served.failure is not None
 
 
 def test_a_failure_of_a_body_is_raised() -> None:

@@ -24,6 +24,7 @@ from helixflow.db.errors import (
     DatabaseUnavailableError,
     EmbeddedError,
 )
+from helixflow.db.migrate import read
 from helixflow.db.place import Account
 from helixflow.db.target import Target, connect
 from helixflow.service import Service
@@ -339,12 +340,13 @@ def test_commands_start_it_when_it_does_not_run(environ: dict[str, str]) -> None
         return subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
 
     before = command("status", "--json")
-    assert (before.returncode, json.loads(before.stdout)["pending"]) == (1, ["0001_installation"])
+    names = [f"{each.number:04}_{each.name}" for each in read()]
+    assert (before.returncode, json.loads(before.stdout)["pending"]) == (1, names)
     process, _, _ = _run(environ)
-    assert command("migrate").stdout == "applied 0001_installation\n"
+    assert command("migrate").stdout == "".join(f"applied {name}\n" for name in names)
     assert _end(process, signal.SIGTERM) == 0
     after = command("status", "--json")
     status = json.loads(after.stdout)
     assert (after.returncode, status["pending"], status["embedded"]) == (0, [], True)
-    assert [row["number"] for row in status["applied"]] == [1]
+    assert [row["number"] for row in status["applied"]] == list(range(1, len(names) + 1))
     assert "PostgreSQL 18" in command("status").stdout

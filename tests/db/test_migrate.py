@@ -1,10 +1,12 @@
 """Migrations: each exactly once, and every refusal."""
 
 import asyncio
+import json
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,3 +189,115 @@ def test_shipped_files_are_whole() -> None:
     files = migrate.read()
     assert len(files) == len(list(FOLDER.glob("*.sql")))
     assert files[0].name == "installation"
+
+
+# --- from every earlier release, with data in it -----------------------------------------
+
+UPTO = {each.number: each.name for each in migrate.read()}
+HEAD = max(UPTO)
+DATA = {
+    "installation": "SELECT 1",
+    "accounts": """
+        INSERT INTO organisations (id, name, first) VALUES ('00000000-0000-4000-8000-000000000001', 'default', true);
+        INSERT INTO users (id, organisation_id, email, role, password) VALUES (
+            '00000000-0000-4000-8000-000000000002', '00000000-0000-4000-8000-000000000001', 'a@b', 'owner', 'argon2');
+        INSERT INTO api_keys (user_id, digest, prefix, name, models, expires_at) VALUES
+            ('00000000-0000-4000-8000-000000000002', sha256('key'), 'hf-abc', 'ci', '{gpt-4}', '2999-01-01');
+        INSERT INTO sessions (id, user_id, method, address, expires_at) VALUES ('00000000-0000-4000-8000-000000000003',
+            '00000000-0000-4000-8000-000000000002', 'password', '127.0.0.1', '2999-01-01');
+        INSERT INTO refresh_tokens (digest, session_id, expires_at) VALUES
+            (sha256('token'), '00000000-0000-4000-8000-000000000003', '2999-01-01');
+        INSERT INTO signing_keys (kid, jwk, expires_at) VALUES ('k', '{"kty": "RSA"}', '2999-01-01');
+        INSERT INTO login_failures (subject, failures) VALUES (sha256('a@b'), 3);
+        INSERT INTO oidc_identities (issuer, subject, user_id) VALUES
+            ('https://idp', 's', '00000000-0000-4000-8000-000000000002');
+        INSERT INTO oidc_states (digest, redirect_uri, expires_at) VALUES
+            (sha256('state'), 'https://here', '2999-01-01');
+        INSERT INTO audit_log (actor, action, target, address, request_id, detail) VALUES
+            ('a@b', 'key.create', 'ci', '127.0.0.1', 'req-1', '{"models": ["gpt-4"]}');
+    """,
+    "limits": """
+        INSERT INTO limits (subject, requests_per_minute) VALUES ('user:00000000-0000-4000-8000-000000000002', 60);
+        INSERT INTO prices (model, prompt, cached, completion) VALUES ('gpt-4', 3, 1, 6);
+        INSERT INTO limit_budgets (subject, metric, window_start, used, lapses_ms) VALUES
+            ('user:00000000-0000-4000-8000-000000000002', 4, 1700000000, 42, 9999999999999);
+    """,
+    "ledger": """
+        SELECT requests_partition('2026-11-01');
+        INSERT INTO requests (id, at, sequence, status, hash, gateway, prompt_tokens, cached_tokens, completion_tokens,
+            queue_us, first_token_us, total_us, cost, model, endpoint, finish, error, client, request_id) VALUES
+            (gen_random_uuid(), '2026-11-25', 1, 200, sha256('row'), gen_random_uuid(), 1, 0, 2, 3, 4, 5, 6, 'gpt-4',
+            '/v1/chat/completions', 'stop', '', '127.0.0.1', 'req-2');
+        INSERT INTO ledger_days (day, sequence, hash, seal) VALUES ('2026-11-25', 1, sha256('row'), sha256('seal'));
+    """,
+}
+"""What a release with the migration of this name may have written. A new migration brings its own rows."""
+
+
+async def _rows(target: Target) -> dict[str, list[dict[str, Any]]]:
+    """Every row of every table of data."""
+    connection = await connect(target)
+    try:
+        tables = await connection.fetch(
+            "SELECT relname FROM pg_class WHERE relnamespace = 'helixflow'::regnamespace AND relkind IN ('r', 'p') "
+            "AND NOT relispartition AND relname <> 'migrations'"
+        )
+        query = "SELECT coalesce(jsonb_agg(t ORDER BY t::text), '[]') FROM helixflow.{} t"
+        return {name: json.loads(await connection.fetchval(query.format(name))) for (name,) in tables}
+    finally:
+        await connection.close()
+
+
+async def _schema(target: Target) -> list[str]:
+    """Columns, constraints, indexes, triggers and functions."""
+    connection = await connect(target)
+    try:
+        rows = await connection.fetch(
+            """
+            SELECT format('%s.%s %s %s %s', table_name, column_name, data_type, is_nullable, column_default)
+                FROM information_schema.columns WHERE table_schema = 'helixflow'
+            UNION ALL SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid)
+                FROM pg_constraint WHERE connamespace = 'helixflow'::regnamespace
+            UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'helixflow'
+            UNION ALL SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
+            UNION ALL SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'helixflow'::regnamespace
+            ORDER BY 1
+            """
+        )
+        return [text for (text,) in rows]
+    finally:
+        await connection.close()
+
+
+async def _fill(target: Target, number: int) -> None:
+    connection = await connect(target)
+    try:
+        await connection.execute("SET search_path = helixflow")
+        await connection.execute(DATA[UPTO[number]])
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("number", range(1, HEAD))
+def test_from_every_earlier_release_with_its_data(server: Server, number: int) -> None:
+    target, fresh = server.database(), server.database()
+    files = migrate.read()
+
+    async def old_release() -> None:
+        assert await _migrate(target, files[:number]) == list(range(1, number + 1))
+        for each in range(1, number + 1):
+            await _fill(target, each)
+
+    asyncio.run(old_release())
+    before = asyncio.run(_rows(target))
+    assert all(before.values()) or number >= 3, "no table of this release is empty"
+    assert asyncio.run(_migrate(target, files)) == list(range(number + 1, HEAD + 1))
+    after = asyncio.run(_rows(target))
+    for table, rows in before.items():
+        kept = [{name: row[name] for name in old} for old, row in zip(rows, after[table], strict=True)]
+        assert kept == rows, table
+    # What comes of it is what a fresh installation has, and takes the rows of today's release.
+    assert asyncio.run(_migrate(fresh, files)) == list(range(1, HEAD + 1))
+    assert asyncio.run(_schema(target)) == asyncio.run(_schema(fresh))
+    for each in range(number + 1, HEAD + 1):
+        asyncio.run(_fill(target, each))

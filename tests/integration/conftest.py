@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from .accounts import platform
+from .people import Site, own_certificates, settled
 from .stack import GOLDEN, SCRIPTED, Stack, running
 
 
@@ -33,6 +35,15 @@ def demo(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stac
     """The shipped demo model on the onnx engine."""
     with running(certs, tmp_path_factory.mktemp("demo")) as stack:
         yield stack
+
+
+@pytest.fixture(scope="session")
+def site(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Everything with accounts on, behind two gateways: two organisations, whose owners are logged in."""
+    own = own_certificates(certs, tmp_path_factory.mktemp("site"))
+    options = {"HELIX_AUTH_LOCKOUT_FAILURES": "3", "HELIX_POOL_SCRIPT_STEP_MS": "1"}
+    with platform(own, gateways=2, **options) as started, settled(started) as site:
+        yield site
 
 
 @pytest.fixture(scope="session")

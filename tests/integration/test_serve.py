@@ -1,6 +1,5 @@
 """`helixflow serve` as an operator meets it: signals in every phase, ports in use, output that nobody reads."""
 
-import hashlib
 import os
 import pty
 import signal
@@ -17,11 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.db.support import folder
+
 from .stack import HEADERS, SCRIPTED, Process, context, environment, until
 from .test_lifecycle import alive, descendants
 
 CHAT: dict[str, Any] = {"model": "gpt-4", "messages": [{"role": "user", "content": "go on"}], "ignore_eos": True}
-DEMO = hashlib.sha256(b"demo-key").hexdigest()
 Start = Callable[..., "Served"]
 
 
@@ -188,16 +188,31 @@ def test_nobody_needs_to_read_what_it_prints(serve: Start, certs: Path) -> None:
         assert served.popen.wait(20) == 0
 
 
-def test_the_gateway_finds_the_pool_of_its_own_machine(serve: Start, certs: Path) -> None:
-    """Another port for the pool is said once."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        port = taken.getsockname()[1]
-    served = serve(HELIX_POOL_LISTEN=f"0.0.0.0:{port}", HELIX_PROFILE="production", HELIX_GATEWAY_KEYS=f"demo:{DEMO}")
-    served.until_ready()
-    with httpx.Client(base_url=served.url, verify=context(certs), headers=HEADERS, timeout=20) as client:
-        until(lambda: client.get("/ready").status_code == 200, "the gateway reaches the pool")
-        assert client.get("/v1/models").status_code == 200
-        assert client.get("/v1/models", headers={"Authorization": ""}).status_code == 401
+def test_the_gateway_finds_the_services_of_its_own_machine(serve: Start, certs: Path) -> None:
+    """Other ports for pool and auth-service are said once; production starts its own database and knows no key."""
+    with (
+        closing(socket.create_server(("127.0.0.1", 0))) as taken,
+        closing(socket.create_server(("127.0.0.1", 0))) as two,
+    ):
+        port, other = taken.getsockname()[1], two.getsockname()[1]
+    with folder() as place:
+        served = serve(
+            HELIX_POOL_LISTEN=f"0.0.0.0:{port}",
+            HELIX_AUTH_LISTEN=f"127.0.0.1:{other}",
+            HELIX_PROFILE="production",
+            HELIX_GATEWAY_ACCOUNTS="true",
+            HELIX_DATABASE_DIRECTORY=str(place / "postgres"),
+        )
+        served.until_ready()
+        with httpx.Client(base_url=served.url, verify=context(certs), headers=HEADERS, timeout=20) as client:
+            until(lambda: client.get("/ready").status_code == 200, "the gateway reaches the pool")
+            assert client.get("/v1/models").status_code == 401, "demo-key is of the development profile alone"
+            assert client.get("/v1/models", headers={"Authorization": ""}).status_code == 401
+            until(
+                lambda: client.get("/.well-known/jwks.json").status_code == 200, "the gateway reaches the auth-service"
+            )
+        served.popen.send_signal(signal.SIGTERM)
+        assert served.popen.wait(20) == 0
 
 
 def test_on_a_terminal(certs: Path, tmp_path: Path) -> None:

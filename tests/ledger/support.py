@@ -4,14 +4,14 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from helixflow.config import LedgerConfig
 from helixflow.db import migrate
-from helixflow.db.embedded import ROLE
 from helixflow.db.pool import Pool
 from helixflow.db.target import Target, connect
 from helixflow.ledger.record import Begin, Row, decode, new_id
@@ -52,6 +52,17 @@ def row(at_us: int | None = None, begun: dict[str, Any] | None = None, **values:
     return begin(at_us, **(begun or {})).row(**ended)
 
 
+async def until(true: Callable[[], bool]) -> None:
+    """Waits for something that tells nobody."""
+    async with asyncio.timeout(20):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 class Store:
     """Stands in for the ledger: keeps each id once, and can fail before or after it has written."""
 
@@ -78,21 +89,39 @@ class Store:
             raise self.after.pop()
 
 
+EMPTY = """
+DO $$
+DECLARE partition regclass;
+BEGIN
+    FOR partition IN SELECT inhrelid::regclass FROM pg_inherits WHERE inhparent = 'helixflow.requests'::regclass LOOP
+        EXECUTE 'DROP TABLE ' || partition;
+    END LOOP;
+    TRUNCATE helixflow.ledger_days, helixflow.usage_daily, helixflow.usage_keys, helixflow.usage_models,
+        helixflow.usage_monthly, helixflow.contents;
+END
+$$
+"""
+
+
 class Databases:
-    """Databases with the schema of this release, copied from one: migrating each would take longer."""
+    """Databases with the schema of this release on one server."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self._template: Target | None = None
+        self._shared: Target | None = None
 
     def new(self) -> Target:
-        if self._template is None:
-            self._template = self.server.database()
-            asyncio.run(_migrate(self._template))
-        name = f"ledger_{next(_numbers)}"
-        create = f"CREATE DATABASE {name} OWNER {ROLE} TEMPLATE {self._template.database}"
-        asyncio.run(self.server.execute(create))
-        return replace(self._template, database=name)
+        """The one that the tests share, empty: a database for each would take longer."""
+        if self._shared is None:
+            self._shared = self.own()
+        asyncio.run(self.server.execute(EMPTY, database=self._shared.database))
+        return self._shared
+
+    def own(self) -> Target:
+        """One that nobody empties."""
+        target = self.server.database()
+        asyncio.run(_migrate(target))
+        return target
 
 
 async def _migrate(target: Target) -> None:

@@ -13,7 +13,7 @@ from helixflow.ledger.shipper import Shipper
 from helixflow.ledger.spool import Spool
 from helixflow.ledger.writer import Writer
 
-from .support import PEPPER_KEY, Databases, ledger_options, opened
+from .support import PEPPER_KEY, Databases, ledger_options, names, opened, until
 
 # Tells of each request only after the spool has taken it. Small segments: some kills hit a change of them.
 WORKER = """
@@ -80,12 +80,10 @@ def test_killed_workers_lose_nothing(on_wheel: Databases, tmp_path: Path) -> Non
             spool = Spool(tmp_path, ledger_options())
             ship = Shipper(spool, append, ledger_options(batch_rows=300))
             running = asyncio.create_task(ship.run())
-            async with asyncio.timeout(20):
-                while ship.stats.adopted < 5:
-                    await asyncio.sleep(0.005)
+            await until(lambda: ship.stats.adopted == 5)
             assert await ship.drain(10)
             await running
-            assert list(tmp_path.iterdir()) == []
+            assert names(tmp_path) == []
             async with pool.acquire() as connection:
                 rows = {row[0].bytes: row[1] for row in await connection.fetch("SELECT id, finish FROM requests")}
                 assert await connection.fetchval("SELECT count(*) FROM requests") == len(rows)
@@ -154,9 +152,7 @@ def test_killed_while_shipping(on_wheel: Databases, tmp_path: Path) -> None:
             spool = Spool(tmp_path, ledger_options())
             ship = Shipper(spool, append, ledger_options())
             running = asyncio.create_task(ship.run())
-            async with asyncio.timeout(20):
-                while ship.stats.adopted < 2:
-                    await asyncio.sleep(0.005)
+            await until(lambda: ship.stats.adopted == 2)
             assert await ship.drain(10)
             await running
             async with pool.acquire() as connection:

@@ -11,7 +11,7 @@ import pytest
 from helixflow.ledger import record
 from helixflow.ledger.chain import chain_key, link, start
 
-from .support import GATEWAY, KEY, NOON_US, ORGANISATION, USER, row
+from .support import GATEWAY, NOON_US, ORGANISATION, USER, row
 
 ID = bytes.fromhex("019ca93e1c0070008000000000000001")
 

@@ -9,15 +9,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from helixflow.config import LimitsConfig
 from helixflow.db import migrate
-from helixflow.db.embedded import ROLE
 from helixflow.db.pool import Pool
-from helixflow.db.target import Target, connect
+from helixflow.db.target import connect
 from helixflow.limits.limiter import Limiter
 from helixflow.limits.model import Limits, Metric, SubjectLimits, window_start
 from helixflow.limits.postgres import PostgresStore
@@ -33,8 +31,7 @@ USER = "user:00000000-0000-0000-0000-000000000002"
 ORGANISATION = "organisation:00000000-0000-0000-0000-000000000003"
 GATEWAYS = [f"10000000-0000-0000-0000-{number:012}" for number in range(16)]
 OPTIONS = LimitsConfig()
-
-_numbers = count(1)
+TABLES = ("limits", "prices", "organisations", "limit_counters", "limit_budgets", "limit_holds", "limit_gateways")
 
 
 class Clock:
@@ -124,46 +121,43 @@ class ModelStore:
 
 
 class Databases:
-    """Databases with the schema, copied from one that was migrated."""
+    """A database with the schema."""
 
     def __init__(self, server: Server) -> None:
-        self._server = server
-        self._template = server.database()
-        self._reused: Target | None = None
+        self.target = server.database()
         asyncio.run(self._migrate())
 
     async def _migrate(self) -> None:
-        connection = await connect(self._template)
+        connection = await connect(self.target)
         try:
             await migrate.migrate(connection)
         finally:
             await connection.close()
 
-    async def new(self) -> Target:
-        name = f"limits_{next(_numbers)}"
-        template = self._template.database
-        await self._server.execute(f"CREATE DATABASE {name} OWNER {ROLE} TEMPLATE {template}")
-        return replace(self._template, database=name)
-
     @asynccontextmanager
     async def pool(self, **values: Any) -> AsyncIterator[Pool]:
-        pool = await Pool.open(options(**values), await self.new(), name="test")
+        """Of one database for all such calls, emptied first: that is faster than a copy."""
+        pool = await Pool.open(options(**values), self.target, name="test")
         try:
+            async with pool.acquire() as connection:
+                await connection.execute(f"TRUNCATE {', '.join(TABLES)} CASCADE")
             yield pool
         finally:
             await pool.close()
 
     @asynccontextmanager
-    async def store(self, clock: Callable[[], float]) -> AsyncIterator[LimitStore]:
-        """On one database for all such calls, emptied first: that is faster than a copy."""
-        self._reused = self._reused or await self.new()
-        pool = await Pool.open(options(), self._reused, name="test")
+    async def other(self) -> AsyncIterator[Any]:
+        """A connection beside the pool's."""
+        connection = await connect(self.target)
         try:
-            async with pool.acquire() as connection:
-                await connection.execute("TRUNCATE limit_counters, limit_budgets, limit_holds, limit_gateways")
-            yield PostgresStore(pool, clock)
+            yield connection
         finally:
-            await pool.close()
+            await connection.close()
+
+    @asynccontextmanager
+    async def store(self, clock: Callable[[], float]) -> AsyncIterator[LimitStore]:
+        async with self.pool() as pool:
+            yield PostgresStore(pool, clock)
 
 
 class Redis:
@@ -171,7 +165,7 @@ class Redis:
 
     def __init__(self, place: Path, *arguments: str, url: str = "") -> None:
         self.url = url or f"unix://{place}/redis.sock"
-        self._command = [
+        self.command = [
             "redis-server",
             *("--save", "", "--appendonly", "no", "--dir", str(place), "--loglevel", "warning"),
             *(arguments or ("--port", "0", "--unixsocket", f"{place}/redis.sock")),
@@ -179,7 +173,7 @@ class Redis:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -246,6 +240,13 @@ class Lossy:
 
 def limiter(number: int, lease: Any, clock: Callable[[], float], **values: Any) -> Limiter:
     return Limiter(GATEWAYS[number], lease, replace(OPTIONS, **values), clock)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for what another process or task brings about, without telling."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0.005)
 
 
 async def passes(clock: Clock, seconds: float, *limiters: Limiter) -> None:

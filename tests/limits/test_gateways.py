@@ -1,6 +1,7 @@
 """Several gateways around one store: nothing is granted twice, nothing is lost, limits are used up."""
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helixflow.core_rs import CoreError
+from helixflow.core_rs import InsufficientQuota, RateLimitExceeded
 from helixflow.limits.limiter import Limiter, Reservation
 from helixflow.limits.model import MAX_LIMIT, Metric, window_start
 from helixflow.limits.store import LimitStore
@@ -40,6 +41,7 @@ LIMITS = (
     *limits(ORGANISATION, tokens_per_minute=1500, cost_per_month=9000),
 )
 CAPS = {(each.subject, metric): limit for each in LIMITS for metric, limit in each.limits}
+REFUSED = (RateLimitExceeded, InsufficientQuota)
 WEIGHTS = {
     Metric.REQUESTS_PER_MINUTE: (1, 0, 0),
     Metric.CONCURRENT_REQUESTS: (0, 0, 0),
@@ -79,7 +81,9 @@ class Truth:
         )
 
 
-async def _step(name: str, number: int, sizes: tuple[int, int], gateways: list[Limiter], truth: Truth, now: float) -> None:
+async def _step(
+    name: str, number: int, sizes: tuple[int, int], gateways: list[Limiter], truth: Truth, now: float
+) -> None:
     tokens, extra = sizes
     gateway = gateways[number % len(gateways)]
     if name == "reserve":
@@ -87,8 +91,7 @@ async def _step(name: str, number: int, sizes: tuple[int, int], gateways: list[L
         if found is None:
             try:
                 found = await gateway.reserve(LIMITS, tokens, tokens * 3)
-            except CoreError as error:
-                assert error.http_status == 429
+            except REFUSED:
                 return
         truth.running.append(Running(found, now))
         return
@@ -96,10 +99,8 @@ async def _step(name: str, number: int, sizes: tuple[int, int], gateways: list[L
         return
     each = truth.running[number % len(truth.running)]
     if name == "adjust":
-        try:
+        with contextlib.suppress(*REFUSED):
             await each.reservation.adjust(extra, extra * 3)
-        except CoreError as error:
-            assert error.http_status == 429
         return
     truth.running.remove(each)
     if name == "cancel":
@@ -155,10 +156,7 @@ async def _play(steps: Steps, losses: list[str], open_store: Callable[..., Any])
             each.reservation.settle(7, 21)
             truth.ended.append((each.began, 7, 21))
         await passes(clock, 2.0, *gateways)
-        if not any(window_start(Metric.TOKENS_PER_MINUTE, each[0]) < window_start(2, clock.now) for each in truth.ended):
-            await _check(store, truth, clock.now)
-        else:
-            await _check(store, truth, clock.now)
+        await _check(store, truth, clock.now)
 
 
 @asynccontextmanager
@@ -166,19 +164,21 @@ async def _model(clock: Clock) -> Any:
     yield ModelStore(clock)
 
 
-def _property(examples: int) -> Any:
+def _property(examples: int) -> settings:
     return settings(
-        max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 
 
-@_property(150)
+@_property(100)
 @given(_STEPS)
 def test_limits_hold_and_everything_comes_back(steps: Steps) -> None:
     asyncio.run(_play(steps, [], _model))
 
 
-@_property(150)
+@_property(100)
 @given(_STEPS, _LOSSES)
 def test_whatever_gets_lost_everything_comes_back(steps: Steps, losses: list[str]) -> None:
     asyncio.run(_play(steps, losses, _model))
@@ -204,17 +204,15 @@ async def _stream(gateway: Limiter, dice: random.Random, until: float, used: Cou
     """A client that always has something to ask: up to 100 tokens each time, and fewer in the end."""
     chosen = limits(KEY, tokens_per_minute=10_000)
     while gateway.now() < until:
-        began = gateway.now()
         try:
             found = gateway.try_reserve(chosen, 100, 0) or await gateway.reserve(chosen, 100, 0)
-        except CoreError as error:
-            assert error.code == "rate_limit_exceeded"
+        except RateLimitExceeded:
             await asyncio.sleep(dice.uniform(0.5, 3) / FACTOR)
             continue
         await asyncio.sleep(dice.uniform(0.2, 4) / FACTOR)
         tokens = dice.randint(10, 100)
         found.settle(tokens, 0)
-        used[window_start(Metric.TOKENS_PER_MINUTE, began)] += tokens
+        used[int(found.since)] += tokens
 
 
 @pytest.mark.parametrize("kind", ["on_wheel", "shared_redis"])
@@ -227,9 +225,7 @@ def test_200_streams_over_4_gateways_use_the_limit_up(kind: str, request: pytest
         async with backend.store(clock) as store:
             gateways = [limiter(number, store.lease, clock) for number in range(4)]
             ticking = [asyncio.create_task(each.run()) for each in gateways]
-            await asyncio.gather(
-                *(_stream(gateways[n % 4], random.Random(n), START + 120, used) for n in range(200))
-            )
+            await asyncio.gather(*(_stream(gateways[n % 4], random.Random(n), START + 120, used) for n in range(200)))
             for task in ticking:
                 task.cancel()
             await asyncio.gather(*ticking, return_exceptions=True)

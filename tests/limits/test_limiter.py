@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from helixflow.core_rs import CoreError, InsufficientQuota, RateLimitExceeded
-from helixflow.limits.limiter import UNLIMITED, Limiter, Reservation
+from helixflow.limits.limiter import UNLIMITED, Reservation
 from helixflow.limits.model import Metric, SubjectLimits
 from helixflow.limits.store import Call, Grant, Granted
 
-from .support import KEY, ORGANISATION, START, USER, Clock, Lossy, ModelStore, item, limiter, limits, passes
+from .support import KEY, ORGANISATION, START, USER, Clock, Lossy, ModelStore, item, limiter, limits, passes, until
 
 
 class World:
@@ -104,7 +104,12 @@ def test_what_is_refused_and_what_is_said() -> None:
     async def work(world: World) -> None:
         world.clock.now += 15.5
         cases: list[tuple[dict[str, int], type[CoreError], int, str]] = [
-            ({"requests_per_minute": 1}, RateLimitExceeded, 45, r"limit of 1 requests per minute of this API key.*in 45s"),
+            (
+                {"requests_per_minute": 1},
+                RateLimitExceeded,
+                45,
+                r"limit of 1 requests per minute of this API key.*in 45s",
+            ),
             ({"tokens_per_minute": 150}, RateLimitExceeded, 45, r"150 tokens per minute.*needs 100, 50 left"),
             ({"concurrent_requests": 1}, RateLimitExceeded, 1, r"1 requests at a time.*in 1s"),
             ({"tokens_per_day": 1000, "tokens_per_month": 150}, InsufficientQuota, 1439985, r"150 tokens per month"),
@@ -126,11 +131,11 @@ def test_what_is_refused_and_what_is_said() -> None:
 def test_what_can_never_be_admitted() -> None:
     async def work(world: World) -> None:
         for values in ({"tokens_per_minute": 99}, {"tokens_per_month": 99}):
-            with pytest.raises(InsufficientQuota, match="needs 100, but .* is 99 .* can never be admitted") as caught:
+            with pytest.raises(InsufficientQuota, match=r"needs 100, but .* is 99 .* can never be admitted") as caught:
                 await world.first.reserve(limits(ORGANISATION, **values), 100, 0)
             assert caught.value.param == "max_tokens"
         for name in ("requests_per_minute", "concurrent_requests", "tokens_per_minute", "cost_per_month"):
-            with pytest.raises(InsufficientQuota, match="limit of this user is 0 .* never") as caught:
+            with pytest.raises(InsufficientQuota, match=r"limit of this user is 0 .* never") as caught:
                 await world.first.reserve(limits(USER, **{name: 0}), 100, 1)
             assert caught.value.param is None
         assert world.first.calls == 0
@@ -380,12 +385,12 @@ def test_a_lost_answer_leaks_nothing(lost: str) -> None:
         done.settle(100, 7)
         setattr(world.way, lost, True)
         found = await world.first.reserve(chosen, 700, 0)  # from the share of the one gateway that lives
-        assert world.first.away
+        states = [world.first.away]
         found.settle(200, 13)
         await world.passes(5)
         setattr(world.way, lost, False)
         await world.passes(2)
-        assert not world.first.away
+        assert [*states, world.first.away] == [True, False]
         assert world.first.fallbacks == 1
         assert world.total(Metric.TOKENS_PER_MONTH) == 300
         assert world.total(Metric.COST_PER_DAY) == 20
@@ -399,7 +404,9 @@ def test_without_the_store_each_gateway_has_its_share() -> None:
     chosen = limits(tokens_per_minute=1000, tokens_per_day=900)
 
     async def work(world: World) -> None:
-        others = [await limiter(n, world.store.lease, world.clock).reserve(limits(tokens_per_day=900), 200, 0) for n in (1, 2)]
+        others = [
+            await limiter(n, world.store.lease, world.clock).reserve(limits(tokens_per_day=900), 200, 0) for n in (1, 2)
+        ]
         await world.first.reserve(limits(tokens_per_day=900), 100, 0)
         world.way.lose_call = True
         world.clock.now += 60
@@ -479,24 +486,118 @@ def test_a_client_that_leaves_while_it_waits() -> None:
     run(work)
 
 
-def test_a_client_that_leaves_as_it_is_let_in() -> None:
+def test_two_are_let_in_and_one_throws_the_other_out() -> None:
     chosen = limits(tokens_per_minute=100)
 
     async def work(world: World) -> None:
-        async def leave(call: Call) -> Granted:
-            answer = await world.store.lease(call)
-            # After the answer was dealt out, before the request's own task runs again.
-            asyncio.get_running_loop().call_soon(lambda: asyncio.get_running_loop().call_soon(leaving.cancel))
-            return answer
+        async def first() -> Reservation:
+            found = await world.first.reserve(chosen, 50, 0)
+            second.cancel()  # its reservation was made with this one's; its task has not run yet
+            return found
 
-        waiting = limiter(0, leave, world.clock)
-        leaving = asyncio.create_task(waiting.reserve(chosen, 100, 0))
-        await asyncio.wait({leaving})
-        if not leaving.cancelled():
-            leaving.result().cancel()
-        await passes(world.clock, 0.3, waiting)
+        both = asyncio.create_task(first())
+        second = asyncio.create_task(world.first.reserve(chosen, 50, 0))
+        await asyncio.wait({both, second})
+        assert second.cancelled()
+        both.result().cancel()
+        await world.passes(0.3)
         assert world.total() == 0
-        await world.second.reserve(chosen, 100, 0)
+
+    run(work)
+
+
+def test_who_comes_later_is_served_later() -> None:
+    chosen = limits(tokens_per_minute=128_000)
+
+    async def work(world: World) -> None:
+        order: list[int] = []
+        entered, let_go = asyncio.Event(), asyncio.Event()
+
+        async def slow(call: Call) -> Granted:
+            entered.set()
+            await let_go.wait()
+            return await world.store.lease(call)
+
+        async def one(number: int, tokens: int) -> None:
+            await waiting.reserve(chosen, tokens, 0)
+            order.append(number)
+
+        waiting = limiter(0, slow, world.clock)
+        tasks = [asyncio.create_task(one(0, 100))]
+        await entered.wait()
+        # After the first call 1,000 are in hand: enough for the last one, but it is not its turn.
+        tasks += [asyncio.create_task(one(1, 1500)), asyncio.create_task(one(2, 10))]
+        await asyncio.sleep(0)
+        let_go.set()
+        await asyncio.gather(*tasks)
+        assert order == [0, 1, 2]
+        assert waiting.calls == 2
+
+    run(work)
+
+
+def test_nobody_overtakes_those_who_wait() -> None:
+    chosen = limits(tokens_per_minute=128_000)
+
+    async def work(world: World) -> None:
+        await world.first.reserve(chosen, 100, 0)
+        waiting = asyncio.create_task(world.first.reserve(chosen, 1500, 0))
+        await asyncio.sleep(0)
+        assert world.first.try_reserve(chosen, 10, 0) is None
+        await waiting
+        assert world.first.try_reserve(chosen, 10, 0)
+
+    run(work)
+
+
+def test_what_is_told_while_a_batch_is_in_doubt() -> None:
+    chosen = limits(tokens_per_day=1000)
+
+    async def work(world: World) -> None:
+        calls: list[Call] = []
+
+        async def recorded(call: Call) -> Granted:
+            calls.append(call)
+            return await world.way(call)
+
+        gateway = limiter(0, recorded, world.clock)
+        first, second = await gateway.reserve(chosen, 100, 0), await gateway.reserve(chosen, 300, 0)
+        first.settle(60, 0)
+        world.way.lose_answer = True
+        await passes(world.clock, 0.1, gateway)
+        second.settle(200, 0)
+        await passes(world.clock, 2, gateway)
+        world.way.lose_answer = False
+        doubtful = [call for call in calls if call.batch == calls[-1].batch]
+        await passes(world.clock, 2, gateway)
+        again = calls[calls.index(doubtful[-1]) + 1]
+        assert len(doubtful) >= 2
+        assert {call.items[0].spent for call in (*doubtful, again)} == {60}
+        assert again.batch == doubtful[0].batch
+        assert again.items[0].held >= 200  # used, but in no batch yet
+        assert world.total(Metric.TOKENS_PER_DAY) == 260
+
+    run(work)
+
+
+def test_doubt_outlives_being_forgotten_and_clocks_that_go_back() -> None:
+    chosen = limits(tokens_per_day=1000, tokens_per_minute=1000)
+
+    async def work(world: World) -> None:
+        (await world.first.reserve(chosen, 100, 0)).settle(60, 0)
+        world.way.lose_answer = True
+        await world.passes(0.1)
+        for _ in range(300):
+            world.clock.now += 1
+            world.first.tick()
+            await world.first.settled()
+        world.clock.now -= 300
+        (await world.first.reserve(chosen, 100, 0)).settle(40, 0)
+        world.way.lose_answer = False
+        await world.passes(5)
+        assert not world.first.away
+        assert world.total(Metric.TOKENS_PER_DAY) == 100
+        assert world.total() == 100
 
     run(work)
 
@@ -534,7 +635,9 @@ def test_a_clock_that_is_set_back_stops_nothing() -> None:
 def test_what_nobody_asks_for_is_forgotten() -> None:
     async def work(world: World) -> None:
         kept = [
-            await world.first.reserve(limits(f"{KEY[:-4]}{number:04}", tokens_per_day=1000, requests_per_minute=9), 10, 0)
+            await world.first.reserve(
+                limits(f"{KEY[:-4]}{number:04}", tokens_per_day=1000, requests_per_minute=9), 10, 0
+            )
             for number in range(1500)
         ]
         assert world.first.known == 4500
@@ -577,9 +680,7 @@ def test_run_and_close() -> None:
         found = await world.first.reserve(chosen, 100, 0)
         held = await world.first.reserve(chosen, 100, 0)
         found.settle(10, 0)
-        async with asyncio.timeout(5):
-            while world.total() != 10 + 100 + 1000:  # the hand is trimmed by `run` alone
-                await asyncio.sleep(0.01)
+        await until(lambda: world.total() == 10 + 100 + 1000)  # the hand is trimmed by `run` alone
         running.cancel()
         await asyncio.wait({running})
         await world.first.close()
@@ -589,23 +690,30 @@ def test_run_and_close() -> None:
     run(work)
 
 
+class PartlyAway:
+    """A store that counts minutes, and budgets when it is told to."""
+
+    def __init__(self, world: World) -> None:
+        self.counted = False
+        self._minutes = ModelStore(world.clock)
+        self._budgets = world.store
+
+    async def __call__(self, call: Call) -> Granted:
+        parts = [tuple(each for each in call.items if each.metric.budget is budget) for budget in (False, True)]
+        answer = await self._minutes.lease(replace(call, items=parts[0]))
+        minutes = iter(answer.grants)
+        days: Iterator[Grant] = repeat(Grant(0, 0, uncounted=True))
+        if self.counted:
+            days = iter((await self._budgets.lease(replace(call, items=parts[1]))).grants)
+        return replace(answer, grants=tuple(next(days if each.metric.budget else minutes) for each in call.items))
+
+
 def test_budgets_that_are_not_counted_have_a_share() -> None:
     chosen = limits(tokens_per_minute=100, tokens_per_day=100)
 
     async def work(world: World) -> None:
-        counted = False
-        minutes_only = ModelStore(world.clock)
-
-        async def lease(call: Call) -> Granted:
-            parts = [tuple(each for each in call.items if each.metric.budget is budget) for budget in (False, True)]
-            answer = await minutes_only.lease(replace(call, items=parts[0]))
-            minutes = iter(answer.grants)
-            days: Iterator[Grant] = repeat(Grant(0, 0, uncounted=True))
-            if counted:
-                days = iter((await world.store.lease(replace(call, items=parts[1]))).grants)
-            return replace(answer, grants=tuple(next(days if each.metric.budget else minutes) for each in call.items))
-
-        partly: Limiter = limiter(0, lease, world.clock)
+        store = PartlyAway(world)
+        partly = limiter(0, store, world.clock)
         (await partly.reserve(chosen, 60, 0)).settle(50, 0)
         assert not partly.away
         with pytest.raises(RateLimitExceeded, match="minute"):
@@ -614,8 +722,25 @@ def test_budgets_that_are_not_counted_have_a_share() -> None:
         with pytest.raises(InsufficientQuota, match="day"):
             await partly.reserve(chosen, 51, 0)
         (await partly.reserve(chosen, 50, 0)).settle(20, 0)
-        counted = True
+        store.counted = True
         await passes(world.clock, 4, partly)
         assert world.total(Metric.TOKENS_PER_DAY) == 70
+
+    run(work)
+
+
+def test_many_uncounted_budgets_leave_room_for_minutes() -> None:
+    async def work(world: World) -> None:
+        store = PartlyAway(world)
+        partly = limiter(0, store, world.clock)
+        chosen = [limits(f"{KEY[:-4]}{number:04}", tokens_per_day=100) for number in range(1500)]
+        for found in await asyncio.gather(*(partly.reserve(each, 10, 0) for each in chosen)):
+            found.settle(3, 0)
+        async with asyncio.timeout(5):
+            await passes(world.clock, 4, partly)
+            assert await partly.reserve(limits(tokens_per_minute=100), 10, 0)
+            store.counted = True
+            await passes(world.clock, 10, partly)
+        assert all(world.store.total(item(each[0].subject, Metric.TOKENS_PER_DAY)) == 3 for each in chosen)
 
     run(work)

@@ -44,7 +44,7 @@ def test_the_rule(backend: Backend) -> None:
             gateway = Caller(store, GATEWAYS[0])
             for number, (asked, granted, room) in enumerate(RULE):
                 subject = f"{USER[:-4]}{number:04}"
-                answer = await gateway(item(subject, **asked), item(subject, Metric.COST_PER_DAY, **asked))
+                answer = await gateway(item(subject, MINUTE, **asked), item(subject, Metric.COST_PER_DAY, **asked))
                 assert [(grant.granted, grant.room) for grant in answer.grants] == [(granted, room)] * 2, asked
             assert answer.now_ms == START * 1000
 
@@ -246,7 +246,8 @@ _ITEMS = st.lists(
     unique_by=lambda each: (each.subject, each.metric),
 )
 _CALLS = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(-1, 2), st.integers(0, 1), st.sampled_from([0.0, 0.4, 9.0]), _ITEMS), max_size=15
+    st.tuples(st.integers(0, 2), st.integers(-1, 2), st.integers(0, 1), st.sampled_from([0.0, 0.4, 9.0]), _ITEMS),
+    max_size=15,
 )
 
 
@@ -283,7 +284,9 @@ def test_redis_agrees_with_the_model(shared_redis: Redis, calls: list[tuple[int,
 
 @_PROPERTY
 @given(_CALLS)
-def test_postgres_agrees_with_the_model(on_wheel: Databases, calls: list[tuple[int, int, int, float, list[Item]]]) -> None:
+def test_postgres_agrees_with_the_model(
+    on_wheel: Databases, calls: list[tuple[int, int, int, float, list[Item]]]
+) -> None:
     _agree(calls, on_wheel.store)
 
 
@@ -320,9 +323,22 @@ def test_keys_of_redis_expire(shared_redis: Redis) -> None:
         async with shared_redis.store(Clock()) as store:
             assert isinstance(store, RedisStore)
             await Caller(store, GATEWAYS[0])(*(item(metric=metric, held=1) for metric in Metric))
-            left = {key.decode(): await store._redis.ttl(key) for key in await store._redis.keys("*")}
+            keys = [str(key).encode() if isinstance(key, str) else key for key in await store._redis.keys("*")]
+            left = {key.decode(): await store._redis.ttl(key) for key in keys}
             assert len(left) == 9
             assert all(0 < seconds <= 32 * 86_400 for seconds in left.values())
             assert left[f"helixflow:limit:key:{'0' * 8}-0000-0000-0000-{1:012}:2:{int(START)}"] <= 60 + KEEP_S
+
+    asyncio.run(work())
+
+
+def test_a_crash_forgets_minutes_but_no_budget(on_debian: Databases) -> None:
+    async def work() -> None:
+        async with on_debian.pool() as pool, pool.acquire() as connection:
+            query = r"SELECT relname, relpersistence FROM pg_class WHERE relname LIKE 'limit\__%s'"
+            rows = await connection.fetch(query)
+            kept = {row["relname"] for row in rows if row["relpersistence"] == b"p"}
+            assert kept == {"limit_budgets", "limit_gateways"}
+            assert {row["relname"] for row in rows} - kept == {"limit_counters", "limit_holds"}
 
     asyncio.run(work())

@@ -112,6 +112,24 @@ def test_issue_renew_and_revoke(layout: Layout, capsys: pytest.CaptureFixture[st
     assert verify(layout).ok
 
 
+def test_rotate_tokens(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
+    before = layout.jwt_private.read_bytes(), layout.jwt_public.read_bytes()
+    others = {path: path.read_bytes() for path in layout.directory.iterdir() if not path.name.startswith("jwt-")}
+    assert pki(layout, "rotate-tokens") == 0
+    out = capsys.readouterr().out
+    assert out == f"replaced {layout.jwt_private}\nreplaced {layout.jwt_public}\n"
+    after = layout.jwt_private.read_bytes(), layout.jwt_public.read_bytes()
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+    assert layout.jwt_private.stat().st_mode & 0o777 == 0o600
+    assert {path: path.read_bytes() for path in others} == others
+    assert verify(layout).findings == []
+    layout.jwt_private.unlink()
+    assert pki(layout, "rotate-tokens") == 1
+    assert "`helixflow pki init` makes what is missing" in capsys.readouterr().err
+    assert layout.jwt_public.read_bytes() == after[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

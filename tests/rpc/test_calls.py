@@ -135,21 +135,21 @@ def test_two_thousand_calls_at_once(pki: Layout) -> None:
 
 def test_callers_that_are_not_named_are_refused(pki: Layout) -> None:
     async def test() -> None:
-        server = make()
-        open_to_more = make(callers=frozenset({"api-gateway", "auth-service"}))
         for service, target, expected in (
             # Its certificate lets it in for another method only.
             ("auth-service", _restricted(), PermissionDenied),
-            # No method is for it: the handshake fails.
-            ("auth-service", server, Unavailable),
-            ("auth-service", open_to_more, None),
+            # Comes in for health and reflection.
+            ("monitoring", make(), PermissionDenied),
+            # Nothing is for it: the handshake fails.
+            ("auth-service", make(), Unavailable),
+            ("auth-service", make(callers=frozenset({"api-gateway", "auth-service"})), None),
         ):
             address = target.start("127.0.0.1:0", files(pki, "auth-service", Role.SERVER))
             client = Client([address], files(pki, service, Role.CLIENT))
             try:
                 await client.call("AuthService/Verify", key("a"))
             except CoreError as error:
-                assert type(error) is expected  # noqa: PT017 (one of the three cases has none)
+                assert type(error) is expected  # noqa: PT017 (one of the cases has none)
             else:
                 assert expected is None
             client.close()

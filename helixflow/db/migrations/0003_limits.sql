@@ -70,15 +70,15 @@ CREATE UNLOGGED TABLE helixflow.limit_holds (
 
 -- One call of one gateway; the arrays have one element for each item. What it does stands in helixflow/limits/store.py.
 -- The caller's row is locked first, then the counters in order: calls cannot deadlock. Only then are holds read, with a
--- snapshot that sees what others did before they let go of the counters. The planner must not pick plans for tables that
--- were empty when it looked.
+-- snapshot that sees what others did before they let go of the counters. Plans are made once, and not for tables that
+-- happen to be empty then.
 CREATE FUNCTION helixflow.lease_limits(
     caller uuid, call_sequence bigint, call_batch bigint, now_ms bigint, hold_ms bigint,
     subjects text[], metrics smallint[], windows bigint[], lapses bigint[], maxima bigint[],
     floors bigint[], needs bigint[], wants bigint[], helds bigint[], spents bigint[],
     OUT granted bigint[], OUT rooms bigint[], OUT gateways bigint
 ) LANGUAGE plpgsql
-SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
 DECLARE

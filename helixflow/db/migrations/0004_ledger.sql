@@ -27,6 +27,7 @@ CREATE TABLE helixflow.requests (
     PRIMARY KEY (id, at)
 ) PARTITION BY RANGE (at);
 CREATE INDEX requests_organisation ON helixflow.requests (organisation_id, id);
+CREATE INDEX requests_user ON helixflow.requests (user_id, id);
 CREATE INDEX requests_at ON helixflow.requests USING brin (at) WITH (pages_per_range = 32, autosummarize = on);
 
 -- Makes the partition of a month (its first day); true when there was none. Attaching one blocks neither readers nor
@@ -58,7 +59,8 @@ CREATE TABLE helixflow.ledger_days (
     seal             bytea NOT NULL  -- HMAC-SHA256 over all of it
 ) WITH (fillfactor = 50);
 
--- Three sums of the same rows, so that no question has to read many: by day with keys, by day without, by month.
+-- Four sums of the same rows, so that no question has to read many. Each column of one that does not tell apart what
+-- the others do is NULL, or empty.
 CREATE TABLE helixflow.usage_daily (
     day               date NOT NULL,
     organisation_id   uuid,
@@ -78,12 +80,18 @@ CREATE TABLE helixflow.usage_daily (
 CREATE INDEX usage_daily_key ON helixflow.usage_daily (key_id, day);
 CREATE INDEX usage_daily_user ON helixflow.usage_daily (user_id, day);
 
-CREATE TABLE helixflow.usage_monthly (  -- `day`: the first of the month
+CREATE TABLE helixflow.usage_keys (  -- by day, organisation, user and key
+    LIKE helixflow.usage_daily,
+    UNIQUE NULLS NOT DISTINCT (day, organisation_id, user_id, key_id, model, endpoint)
+) WITH (fillfactor = 80);
+CREATE INDEX usage_keys_organisation ON helixflow.usage_keys (organisation_id, day);
+
+CREATE TABLE helixflow.usage_models (  -- by day, organisation, model and endpoint
     LIKE helixflow.usage_daily,
     UNIQUE NULLS NOT DISTINCT (day, organisation_id, user_id, key_id, model, endpoint)
 ) WITH (fillfactor = 80);
 
-CREATE TABLE helixflow.usage_organisations (  -- users and keys are NULL
+CREATE TABLE helixflow.usage_monthly (  -- as usage_daily; the day is the first of the month
     LIKE helixflow.usage_daily,
     UNIQUE NULLS NOT DISTINCT (day, organisation_id, user_id, key_id, model, endpoint)
 ) WITH (fillfactor = 80);
