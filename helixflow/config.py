@@ -87,7 +87,9 @@ class GatewayConfig:
     accounts: bool = option(
         True, "ask the auth-service for keys, limits and ledger; false: development profile only, knows only demo-key"
     )
-    key_cache_s: float = option(60.0, "a verified key is asked for again after this time (seconds)", check=between(1, 3600))
+    key_cache_s: float = option(
+        60.0, "a verified key is asked for again after this time (seconds)", check=between(1, 3600)
+    )
     key_negative_s: float = option(
         5.0, "an unknown key is refused from memory this long (seconds)", check=between(0, 300)
     )
@@ -181,7 +183,9 @@ class AuthConfig:
     issuer: str = option("https://helixflow.local", "issuer of access tokens")
     access_ttl_s: int = option(900, "an access token is valid this long (seconds)", check=between(30, 86_400))
     refresh_ttl_s: int = option(
-        2_592_000, "a session ends when its refresh token was not used this long (seconds)", check=between(60, 31_536_000)
+        2_592_000,
+        "a session ends when its refresh token was not used this long (seconds)",
+        check=between(60, 31_536_000),
     )
     password_checks: int = option(2, "passwords hashed at a time; each costs 64 MiB", check=between(1, 64))
     lockout_failures: int = option(10, "wrong passwords in a row that lock a user", check=between(1, 1000))
@@ -336,14 +340,26 @@ def _cross_check(config: Config) -> list[str]:
         problems.append(
             "gateway.plain_http: HTTP without TLS exists only in the development profile on a loopback address"
         )
-    for name in ("pools", "auth"):
-        if not getattr(config.gateway, name):
-            problems.append(f"gateway.{name}: at least one address is needed")
+    problems += [
+        f"gateway.{name}: at least one address is needed"
+        for name in ("pools", "auth")
+        if not getattr(config.gateway, name)
+    ]
     if not config.gateway.accounts and not config.development:
         problems.append("gateway.accounts: keys, limits and ledger can be off in the development profile only")
+    problems += _oidc_problems(config.auth)
     problems += _database_problems(config.database)
     if config.supervise.backoff_min_s > config.supervise.backoff_max_s:
         problems.append("supervise.backoff_min_s: must not be larger than supervise.backoff_max_s")
+    return problems
+
+
+def _oidc_problems(auth: AuthConfig) -> list[str]:
+    if not auth.oidc_issuer:
+        return []
+    problems = [] if auth.oidc_client_id else ["auth.oidc_client_id: the provider of auth.oidc_issuer needs one"]
+    if not auth.oidc_issuer.startswith("https://"):
+        problems.append(f"auth.oidc_issuer: {auth.oidc_issuer} must be an https:// URL")
     return problems
 
 

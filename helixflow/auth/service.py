@@ -8,16 +8,16 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import asyncpg
 import uvloop
 
 from helixflow import core_rs, log
 from helixflow.auth.build import Built, build
+from helixflow.auth.errors import database_errors
 from helixflow.config import Config
-from helixflow.core_rs import CoreError, DeadlineExceeded, TlsFiles, Unavailable
+from helixflow.core_rs import CoreError, TlsFiles, Unavailable
 from helixflow.db import migrate
 from helixflow.db.embedded import Embedded
-from helixflow.db.errors import DatabaseError, DatabaseUnavailableError
+from helixflow.db.errors import DatabaseUnavailableError
 from helixflow.db.pool import Pool, tls_of
 from helixflow.db.target import Target, connect
 from helixflow.errors import StartError
@@ -33,6 +33,14 @@ OPERATORS = frozenset({"api-gateway", SERVICE})
 
 WAIT_S = (0.1, 2.0)
 """Shortest and longest pause before a database that does not answer is tried again (seconds)."""
+
+_FIRST_START = """
+First start: the owner is {owner}, with the one-time password
+
+    {password}
+
+It must be changed at the first login and is not shown again.
+"""
 
 logger = log.get("auth")
 
@@ -61,6 +69,10 @@ async def _serve(config: Config) -> int:
     pool = starting.result()
     try:
         built = await build(config, pool)
+        if built.first_password is not None:
+            # At once: it exists already, and a start that fails later would lose it. To the operator's eyes only, so on
+            # standard output, not in the log.
+            print(_FIRST_START.format(owner=config.auth.owner, password=built.first_password), flush=True)  # noqa: T201
         try:
             await _until(stop, config, built)
         finally:
@@ -81,13 +93,6 @@ async def _until(stop: asyncio.Event, config: Config, built: Built) -> None:
         raise StartError(f"the auth-service cannot start: {error}") from error
     try:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, server)
-        if built.first_password is not None:
-            # To the operator's eyes only: standard output, not the log.
-            print(  # noqa: T201
-                f"\nFirst start: the owner is {config.auth.owner}, with the one-time password\n\n"
-                f"    {built.first_password}\n\nIt must be changed at the first login and is not shown again.\n",
-                flush=True,
-            )
         server.set_serving(True)
         logger.info("ready", address=address)
         notify_ready(address)
@@ -151,22 +156,10 @@ def guarded(handler: Handler) -> Handler:
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     try:
-        yield
-    except asyncpg.QueryCanceledError:
-        raise refusal(
-            DeadlineExceeded, "the database took too long (database.statement_timeout_ms); ask for less, or try again"
-        ) from None
-    except (asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError, asyncpg.InterfaceError) as error:
-        raise _away(error) from None
-    except (asyncpg.InsufficientResourcesError, DatabaseError, OSError, TimeoutError) as error:
-        raise _away(error) from None
-
-
-def _away(error: Exception) -> Unavailable:
-    logger.warning("the database does not answer", error=f"{type(error).__name__}: {error}")
-    away = refusal(Unavailable, "the database does not answer now; try again in a moment")
-    away.retry_after_s = 1
-    return away
+        with database_errors():
+            yield
+    except TimeoutError:
+        raise refusal(Unavailable, "the database took too long to answer; try again in a moment") from None
 
 
 def _tls(config: Config) -> TlsFiles:

@@ -113,7 +113,7 @@ class Metered:
         except CoreError as error:
             self.counts["refused"] += 1
             self.counts["refused." + error.code] += 1
-            if isinstance(error, LedgerFull) and reservation is not None:
+            if reservation is not None:
                 reservation.cancel()
             request.extra_headers += self._limiter.headers(principal.limits)
             raise

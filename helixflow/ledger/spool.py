@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from helixflow import log
+from helixflow import core_rs, log
 from helixflow.config import LedgerConfig
 from helixflow.core_rs import LedgerFull
 from helixflow.gateway.errors import refusal
@@ -184,7 +184,7 @@ class Spool:
     def _write(self, frame: bytes) -> None:
         if self._offset >= self._limit:
             self._next_segment()
-        written = os.write(self._file, frame)
+        written = core_rs.append(self._file, frame)
         if written != len(frame):
             # A full disk took a part. If it cannot be cut off again, it is the end of this segment.
             try:

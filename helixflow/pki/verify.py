@@ -198,7 +198,7 @@ def _jwt_private(layout: Layout) -> Iterator[Finding]:
         yield Finding(
             layout.jwt_private,
             f"is {keys.describe(key)}, not RSA-4096",
-            "Remove both jwt files and run: helixflow pki init",
+            "Run: helixflow pki rotate-tokens",
         )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import stat
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from helixflow import config as configuration
 from helixflow.auth import build as building
-from helixflow.auth import keys, signing
+from helixflow.auth import keys, passwords, signing
 from helixflow.auth.build import Built, build
 from helixflow.auth.errors import PepperError, SigningKeyError
 from helixflow.auth.handlers import AuthHandlers
@@ -38,9 +39,10 @@ from helixflow.rpc import messages
 from helixflow.rpc.client import Client
 from helixflow.rpc.server import Server
 
-from .support import copy, rotate, row, run
+from .support import CHEAP, INJECTIONS, copy, rotate, row, run
 
 OWNER = "owner@localhost"
+REFUSALS = (InvalidApiKey, InvalidCredentials, InvalidRequest, InvalidToken, NotFound)
 CALLERS = {"AuthService": frozenset({"api-gateway"}), "AdminService": frozenset({"api-gateway", "auth-service"})}
 
 
@@ -175,6 +177,29 @@ def test_what_is_no_credential(target: Target, pki: Layout, tmp_path: Path) -> N
             for method in ("OidcStart", "OidcFinish"):
                 with pytest.raises(NotFound):
                     await s.call(method, redirect_uri="https://gateway.example/cb")
+
+    run(test())
+
+
+def test_injections_through_every_field(
+    target: Target, pki: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passwords, "PasswordHasher", lambda: CHEAP)
+
+    async def test() -> None:
+        async with service(target, pki, tmp_path, HELIX_AUTH_LOCKOUT_FAILURES="1000") as s:
+            tried = 0
+            for name, method in messages.service("AuthService").items():
+                values = {"email": OWNER, "password": "wrong password"} if name.endswith("/Login") else {}
+                texts = [entry.name for entry in method.request.DESCRIPTOR.fields if entry.type == entry.TYPE_STRING]
+                for text, field in itertools.product(INJECTIONS, () if method.streaming else texts):
+                    with contextlib.suppress(*REFUSALS):
+                        await s.call(name, **{**values, field: text})
+                    tried += 1
+            assert tried > 100
+            async with s.pool.acquire() as connection:
+                assert await connection.fetchval("SELECT count(*) FROM users") == 1
+                assert await connection.fetchval("SELECT count(*) FROM sessions") == 0
 
     run(test())
 

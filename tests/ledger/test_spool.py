@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from helixflow import core_rs
 from helixflow.core_rs import LedgerFull
 from helixflow.ledger import frames
 from helixflow.ledger.adopt import Orphan
@@ -232,8 +233,8 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.room: int | None = None
         self.sync_fails = False
-        self._write, self._sync = os.write, os.fdatasync
-        monkeypatch.setattr("helixflow.ledger.spool.os.write", self.write)
+        self._write, self._sync = core_rs.append, os.fdatasync
+        monkeypatch.setattr("helixflow.ledger.spool.core_rs.append", self.write)
         monkeypatch.setattr("helixflow.ledger.spool.os.fdatasync", self.sync)
 
     def write(self, file: int, data: bytes) -> int:
