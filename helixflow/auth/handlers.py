@@ -158,4 +158,5 @@ def principal_message(found: Principal) -> Any:
         endpoints=found.endpoints,
         limits=[item.message() for item in found.limits],
         content=filled(messages.ContentPolicy, found.content),
+        installation=found.installation,
     )

@@ -17,7 +17,7 @@ DIGEST_BYTES = 32
 _ORDER = ("key", "user", "organisation")
 
 _OWNER = """
-    u.id AS user_id, u.email, u.role, o.id AS organisation_id, o.name AS organisation,
+    u.id AS user_id, u.email, u.role, o.id AS organisation_id, o.name AS organisation, o.first,
     o.content_store, o.content_retention_days, o.content_redact,
     u.disabled OR u.deleted_at IS NOT NULL OR o.suspended AS refused
 """
@@ -55,6 +55,8 @@ class Principal:
     session_id: UUID | None = None
     models: list[str] = field(default_factory=list)
     endpoints: list[str] = field(default_factory=list)
+    installation: bool = False
+    """Belongs to the first organisation."""
     limits: tuple[SubjectLimits, ...] = ()
     """Of key, user, organisation, as far as they have any."""
 
@@ -94,6 +96,7 @@ def _principal(row: Any, **credential: Any) -> Principal:
         user_id=row["user_id"],
         user=row["email"],
         role=row["role"],
+        installation=row["first"],
         content=Content(row["content_store"], row["content_retention_days"], row["content_redact"]),
         limits=tuple(SubjectLimits(subject, Limits.of_row(found[subject])) for subject in subjects),
         **credential,

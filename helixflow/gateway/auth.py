@@ -28,6 +28,7 @@ class Principal:
     """The holder of a key or an access token. `name` is safe to log; the credential never is.
 
     Identifiers are UUIDs as text; empty where there is none. Empty `models` and `endpoints` mean all of them.
+    `installation`: belongs to the first organisation.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Principal:
     user: str = ""
     key_id: str = ""
     session_id: str = ""
+    installation: bool = False
     role: str = ""
     expires_at: int = 0
     models: frozenset[str] = frozenset()
@@ -59,6 +61,7 @@ class Principal:
             key_id=message.key_id,
             session_id=message.session_id,
             role=message.role,
+            installation=message.installation,
             expires_at=message.expires_at,
             models=frozenset(message.models),
             endpoints=frozenset(message.endpoints),

@@ -48,10 +48,10 @@ def final_event(error: CoreError) -> bytes:
 def headers_of(error: CoreError) -> list[tuple[bytes, bytes]]:
     """Headers that the status asks for: `Retry-After` with 429 and 503, the challenge with 401.
 
-    None where waiting does not help: a request that is larger than a budget.
+    Where waiting does not help (a request that is larger than a budget) the header that OpenAI's clients honour.
     """
     if isinstance(error, InsufficientQuota) and error.retry_after_s is None:
-        return []
+        return [(b"x-should-retry", b"false")]
     if error.http_status in (429, 503):
         seconds = RETRY_AFTER_S if error.retry_after_s is None else max(error.retry_after_s, 1)
         return [(b"retry-after", b"%d" % seconds)]

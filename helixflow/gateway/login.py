@@ -31,7 +31,7 @@ LONGEST = {"email": 320, "password": 1024, "new_password": 1024, "refresh_token"
 JWKS_TIMEOUT_S = 2.0
 JWKS_FRESH_S = 5.0
 """The keys are asked for again after this time (seconds): a new one is known to everybody soon."""
-JWKS_CACHE = (b"cache-control", b"public, max-age=60")
+JWKS_CACHE = (b"cache-control", b"public, max-age=5")
 
 CALLBACK = "/auth/v1/oidc/callback"
 STATE_COOKIE = "__Host-helixflow-oidc"

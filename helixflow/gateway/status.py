@@ -15,8 +15,6 @@ from helixflow.ledger.shipper import Shipper
 from helixflow.limits.limiter import Limiter
 
 PATH = "/admin/v1/status"
-ORGANISATION = "default"
-"""The operator's organisation: the counters are those of all organisations together."""
 ROLES = ("owner", "admin")
 
 
@@ -34,10 +32,13 @@ class Status:
         return [Route("GET", PATH, self.show, Policy.ACCOUNT)]
 
     async def show(self, request: Request) -> None:
-        """Raises PermissionDenied for others than owners and administrators of the first organisation."""
+        """Raises PermissionDenied for others than owners and administrators of the first organisation.
+
+        The counters are those of all organisations together.
+        """
         caller = request.caller
-        if caller.organisation != ORGANISATION or caller.role not in ROLES:
-            raise refusal(PermissionDenied, f"owners and administrators of the organisation {ORGANISATION!r} only")
+        if not caller.installation or caller.role not in ROLES:
+            raise refusal(PermissionDenied, "owners and administrators of the first organisation only")
         await request.respond(200, orjson.dumps(self._counters()), headers=[(b"cache-control", b"no-store")])
 
     def _counters(self) -> dict[str, Any]:

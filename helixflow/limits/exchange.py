@@ -111,8 +111,10 @@ class Exchange:
             return self.away and counter.told < 0
         keep = counter.keep
         used = 0 <= now - counter.used_at < IDLE_S
-        if counter.hand:
-            counter.hand = min(counter.hand, keep if used else 0)
+        hand = min(counter.hand, keep if used else 0)
+        if hand < counter.hand:
+            counter.hand = hand
+            counter.room_at = -math.inf  # there is more room now than the store told: nobody is refused because of it
         if counter.told != counter.hand + counter.reserved + counter.spent:
             return True
         if used and counter.hand * 2 < keep and counter.room >= 16:

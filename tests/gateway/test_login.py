@@ -307,7 +307,7 @@ def test_jwks(here: Stage, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
     here.service.answers["AuthService/Jwks"] = messages.JwksReply(json=b'{"keys":[{"kid":"1"}]}')
     answer = client.get("/.well-known/jwks.json")
     assert answer.json() == {"keys": [{"kid": "1"}]}
-    assert answer.headers["cache-control"] == "public, max-age=60"
+    assert answer.headers["cache-control"] == "public, max-age=5"
     assert answer.headers["content-type"] == "application/json"
     here.service.answers["AuthService/Jwks"] = messages.JwksReply(json=b'{"keys":[{"kid":"2"}]}')
     assert client.get("/.well-known/jwks.json").json() == {"keys": [{"kid": "2"}]}

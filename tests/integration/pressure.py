@@ -60,14 +60,26 @@ class Verdict:
 class Pressure:
     """Open loop: requests come when they are due, whatever became of those before."""
 
-    def __init__(self, ports: Callable[[], Sequence[int]], tls: ssl.SSLContext, keys: Sequence[str], name: str) -> None:
-        """`ports`: of the gateways, as they are now. `name`: begins the ids of all requests."""
+    def __init__(
+        self,
+        ports: Callable[[], Sequence[int]],
+        tls: ssl.SSLContext,
+        keys: Sequence[str],
+        name: str,
+        *,
+        clients: int = 0,
+    ) -> None:
+        """`ports`: of the gateways, as they are now. `name`: begins the ids of all requests.
+
+        `clients`: so many take turns, and each stays with the gateway that has answered it; 0: gateways take turns.
+        """
         self.sent: list[Sent] = []
         self._ports = ports
         self._tls = tls
         self._keys = keys
         self._name = name
         self._idle: dict[int, list[Line]] = {}
+        self._favourites = list(range(clients))
 
     async def run(self, rate: float, seconds: float, tokens: int = 2) -> None:
         """`rate`: requests/s. Returns when the last one is over."""
@@ -93,12 +105,16 @@ class Pressure:
     async def _one(self, sent: Sent, number: int, body: Mapping[str, Any], due: float) -> None:
         for attempt in range(TRIES):
             ports = self._ports()
+            clients = len(self._favourites)
+            gateway = self._favourites[number % clients] if clients else number + attempt
             this = Try(f"{self._name}-{number}-{attempt}")
             sent.tries.append(this)
             key = self._keys[number % len(self._keys)]
-            await self._try(this, ports[(number + attempt) % len(ports)], request(CHAT, body, key, this.id))
+            await self._try(this, ports[gateway % len(ports)], request(CHAT, body, key, this.id))
             if this.status not in (0, 503):
                 break
+            if clients and self._favourites[number % clients] == gateway:
+                self._favourites[number % clients] += 1
         sent.latency_s = time.perf_counter() - due
 
     async def _try(self, this: Try, port: int, data: bytes) -> None:
