@@ -139,8 +139,8 @@ class Usage:
     """Counts of a call (tokens) and its times (microseconds).
 
     From the pool, times since the arrival there, when the call reached its regular end or the pool says how far it
-    came. Otherwise what has arrived here: `cached_tokens` and `queue_us` are 0, times are since the call was started, and
-    `first_token_us` is 0 when no token came.
+    came. Otherwise what has arrived here: `cached_tokens` and `queue_us` are 0, times are since the call was started,
+    and `first_token_us` is 0 when no token came.
     """
 
     prompt_tokens: int

@@ -36,7 +36,9 @@ KEYS = 20
 CLIENTS = 64
 BEFORE_S = 30.0
 """Load before the outage, for comparison, and after it (seconds)."""
-LISTED_S = 600.0
+WARM_S = 5.0
+"""The beginning of the load, in which clients connect, is not compared with (seconds)."""
+SHIPPED_S = 600.0
 """Everything must be in the ledger within this time after the database is back (seconds)."""
 AROUND_S = (1.0, 5.0)
 """What belongs to the gateway's death (seconds before and after it)."""
@@ -147,7 +149,7 @@ class Outage:
     async def _arrived(self) -> Sequence[Any]:
         """The rows once every gateway has handed over everything, or what is there when the time is up."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LISTED_S):
+            async with asyncio.timeout(SHIPPED_S):
                 while not all([await self._shipped(each) for each in self._platform.gateways]):  # noqa: ASYNC110
                     await asyncio.sleep(0.25)
         query = "SELECT request_id, status, finish, completion_tokens FROM requests WHERE request_id LIKE 'outage-%'"
@@ -187,7 +189,7 @@ def phases(sent: Sequence[Sent], seen: Seen) -> list[tuple[str, list[Sent]]]:
     """The load before the outage, during it, and around the gateway's death."""
     around = (seen.killed_s - AROUND_S[0], seen.killed_s + AROUND_S[1])
     return [
-        ("before", [one for one in sent if one.at_s < seen.down_s]),
+        ("before", [one for one in sent if WARM_S <= one.at_s < seen.down_s]),
         (
             "away",
             [one for one in sent if seen.down_s <= one.at_s < seen.up_s and not around[0] <= one.at_s < around[1]],

@@ -202,6 +202,15 @@ def _usage(subparsers: Any) -> None:
     _organisation(export, "only of this one", argparse.SUPPRESS)
     export.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default: csv")
     export.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+    texts = _command(
+        commands,
+        "texts",
+        "records.usage_texts",
+        "show prompt and answer of a request",
+        "Show prompt and answer of one request, if its organisation keeps them. The audit log says that you did.",
+        suppress=True,
+    )
+    texts.add_argument("request", metavar="REQUEST", help="its id, as an export has it")
 
 
 def _show_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -71,6 +71,13 @@ async def usage_export(operator: Operator, options: Namespace) -> Outcome:
     return Outcome({"file": str(options.out), "rows": rows}, f"{options.out}: {count_text(rows)} rows")
 
 
+async def usage_texts(operator: Operator, options: Namespace) -> Outcome:
+    """Prompt and answer of one request."""
+    found = await operator.call("GetTexts", "TextsRequest", {"request": options.request})
+    kept = f"kept until {moment_text(found['expires_at'])} UTC"
+    return Outcome(found, f"PROMPT\n\n{found['prompt']}\n\nANSWER\n\n{found['answer']}\n\n{kept}")
+
+
 async def audit_list(operator: Operator, options: Namespace) -> Outcome:
     """Who did what, as many rows as asked for."""
     fields = {**_days(options), "organisation": options.organisation}

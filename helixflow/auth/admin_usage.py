@@ -10,7 +10,7 @@ from helixflow.auth.pepper import Pepper
 from helixflow.auth.roles import Role
 from helixflow.core_rs import NotFound, PermissionDenied
 from helixflow.gateway.errors import refusal
-from helixflow.ledger import chain, query
+from helixflow.ledger import chain, content, query
 from helixflow.limits import settings
 from helixflow.limits.model import Limits, Price, SubjectLimits
 from helixflow.limits.remote import price_list
@@ -37,6 +37,7 @@ class UsageMethods:
             "ListPrices": self._list_prices,
             "QueryUsage": self._query_usage,
             "ListRequests": self._list_requests,
+            "GetTexts": self._get_texts,
             "ListAudit": self._list_audit,
             "VerifyLedger": self._verify_ledger,
         }
@@ -104,6 +105,16 @@ class UsageMethods:
                 connection, first=first, last=last, organisation_id=scope, after=request.after, limit=limit
             )
         return messages.LedgerRows(data=[filled(messages.LedgerRow, row) for row in rows], next=following)
+
+    async def _get_texts(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("GetTexts", request, caller) as (connection, actor):
+            number = fields.uuid(request.request, "request")
+            found = await content.find(connection, number, actor.organisation_id)
+            if found is None:
+                raise refusal(NotFound, "no texts are kept of this request", "request")
+            texts, organisation = found
+            await audit.record(connection, actor, "texts.read", str(number), organisation)
+        return filled(messages.Texts, texts)
 
     async def _list_audit(self, request: Any, caller: Caller) -> Any:
         first, last = fields.days(getattr(request, "from"), request.to)

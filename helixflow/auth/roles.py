@@ -57,6 +57,7 @@ METHODS: dict[str, Rule] = {
     "ListPrices": Rule(Role.VIEWER),
     "QueryUsage": Rule(Role.VIEWER),
     "ListRequests": Rule(Role.ADMIN),
+    "GetTexts": Rule(Role.ADMIN),
     "ListAudit": Rule(Role.ADMIN),
     "VerifyLedger": Rule(Role.OWNER, installation=True),
 }

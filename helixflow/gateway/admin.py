@@ -70,6 +70,7 @@ ENDPOINTS = (
     Endpoint("DELETE", "/admin/v1/prices/{id}", "DeletePrice", "PriceRequest"),
     Endpoint("GET", "/admin/v1/usage", "QueryUsage", "UsageRequest", USAGE, timeout_s=QUERY_TIMEOUT_S),
     Endpoint("GET", "/admin/v1/requests", "ListRequests", "RequestsRequest", (*PAGE, *DAYS), timeout_s=QUERY_TIMEOUT_S),
+    Endpoint("GET", "/admin/v1/requests/{request}/texts", "GetTexts", "TextsRequest"),
     Endpoint("GET", "/admin/v1/audit", "ListAudit", "AuditRequest", (*PAGE, *DAYS), timeout_s=QUERY_TIMEOUT_S),
     Endpoint("GET", "/admin/v1/audit/verify", "VerifyLedger", "VerifyLedgerRequest", DAYS, timeout_s=VERIFY_TIMEOUT_S),
 )
@@ -103,12 +104,12 @@ class _Handler:
         request.extra_headers.append(NO_STORE)
         endpoint = self._endpoint
         request.facts["call"] = endpoint.call
-        path = parameters(endpoint.path, request)
+        path = {"model" if name == "id" else name: value for name, value in parameters(endpoint.path, request).items()}
         actor = _actor(request)
-        fields = _query(request, endpoint.query)
+        fields = _query(request, endpoint.query) | path
         if endpoint.method != "GET":
             body = await read_object(request, MAX_BODY)
-            fields |= _fields(endpoint, path, body)
+            fields = _fields(endpoint, path, body)
         try:
             message = messages.parse(self._message, fields)
             message.actor.CopyFrom(actor)
@@ -160,10 +161,9 @@ def _value(name: str, text: str) -> Any:
 
 def _fields(endpoint: Endpoint, path: dict[str, str], body: dict[str, Any]) -> dict[str, Any]:
     """The fields of path and body. Raises InvalidRequest for what only the path, or nobody, may say."""
-    named = {"model" if name == "id" else name: value for name, value in path.items()}
-    for name in ("actor", *named):
+    for name in ("actor", *path):
         if name in body:
-            where = "stands in the path" if name in named else "is not a parameter here"
+            where = "stands in the path" if name in path else "is not a parameter here"
             raise refusal(InvalidRequest, f"{name}: {where}; leave it out of the body", name)
     for name in endpoint.lists:
         if name in body:
@@ -171,8 +171,8 @@ def _fields(endpoint: Endpoint, path: dict[str, str], body: dict[str, Any]) -> d
                 raise refusal(InvalidRequest, f"{name}: expected an array of strings", name)
             body[name] = {"values": body[name]}
     if endpoint.inner == "price":
-        return {"price": body | named}
-    return {endpoint.inner: body, **named} if endpoint.inner else body | named
+        return {"price": body | path}
+    return {endpoint.inner: body, **path} if endpoint.inner else body | path
 
 
 def _outward(error: CoreError, endpoint: Endpoint) -> CoreError:

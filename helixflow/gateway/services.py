@@ -101,7 +101,6 @@ class Connected(Services):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._limiter.close()
-        await self._limiter.close()
         await self._shipper.drain(DRAIN_S)
         await asyncio.gather(self._shipping, return_exceptions=True)
         self._client.close()

@@ -11,6 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -39,6 +40,11 @@ _PURGE: Final = """
 DELETE FROM helixflow.contents WHERE id IN (
     SELECT id FROM helixflow.contents WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED
 )
+"""
+_FIND: Final = """
+SELECT (extract(epoch FROM at) * 1000000)::bigint AS at_us, prompt, answer, organisation_id,
+    extract(epoch FROM expires_at)::bigint AS expires
+FROM helixflow.contents WHERE id = $1 AND ($2::uuid IS NULL OR organisation_id = $2) AND expires_at > now()
 """
 _parser: Final = importlib.import_module("re._parser")
 _UNSUPPORTED: Final = {"GROUPREF": "a back reference", "ASSERT": "a look-around", "ASSERT_NOT": "a look-around"}
@@ -175,6 +181,29 @@ def _ways_of(operation: str, argument: Any) -> int:
             return int(high) - int(low) + 1
         return int(sum(min(inner**count, PATTERN_WAYS + 1) for count in range(int(low), int(high) + 1)))
     raise _UnboundedError(_UNSUPPORTED.get(operation, operation.lower()))
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What is kept of one request."""
+
+    id: str
+    at_us: int
+    prompt: str
+    answer: str
+    expires_at: int
+    """Seconds since the epoch."""
+
+
+async def find(
+    connection: Any, request_id: uuid.UUID, organisation_id: uuid.UUID | None
+) -> tuple[Texts, uuid.UUID | None] | None:
+    """The texts of one request of an organisation (None: of any), and whose they are; None when nothing is kept."""
+    row = await connection.fetchrow(_FIND, request_id, organisation_id)
+    if row is None:
+        return None
+    texts = Texts(str(request_id), row["at_us"], row["prompt"], row["answer"], row["expires"])
+    return texts, row["organisation_id"]
 
 
 async def purge(connection: Any, now: datetime | None = None) -> int:

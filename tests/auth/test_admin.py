@@ -100,6 +100,7 @@ def _arguments(o: Office) -> dict[str, dict[str, Any]]:
         "SetLimits": {"subject": f"user:{o.people['viewer']}", "limits": {}},
         "SetPrice": {"price": {"model": "m", "prompt": 1}},
         "DeletePrice": {"model": "m"},
+        "GetTexts": {"request": "00000000-0000-0000-0000-000000000000"},
     }
 
 
@@ -115,6 +116,7 @@ ALLOWED = {
         "DeleteUser",
         "SetLimits",
         "ListRequests",
+        "GetTexts",
         "ListAudit",
     },
     "owner": {"CreateOrganisation", "UpdateOrganisation", "SetPrice", "DeletePrice", "VerifyLedger"},

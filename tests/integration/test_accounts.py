@@ -413,6 +413,13 @@ def test_texts_are_kept_only_where_somebody_wants_it(site: Site) -> None:
     ask("streamed", stream=True)
     assert kept() == before + 1
     assert site.value("SELECT answer <> '' FROM contents ORDER BY at DESC LIMIT 1") is True
+    request = str(site.value("SELECT id FROM contents ORDER BY at DESC LIMIT 1"))
+    theirs = site.send("GET", f"/admin/v1/requests/{request}/texts", site.owner.access)
+    assert theirs.status_code == 404, "it is another organisation's"
+    text = site.platform.json("usage", "texts", request)
+    assert "streamed" in text["prompt"]
+    assert text["answer"]
+    assert site.value("SELECT count(*) FROM audit_log WHERE action = 'texts.read' AND target = $1", request) == 1
     policy(store=False, retention_days=0)
     ask("no more")
     time_is_over = kept()

@@ -107,7 +107,8 @@ def test_forged_tokens(site: Site) -> None:
 LEAST = {
     "viewer": "ListOrganisations ListKeys ListLimits ListPrices QueryUsage",
     "member": "CreateKey UpdateKey RotateKey RevokeKey",
-    "admin": "ListUsers CreateUser UpdateUser ResetPassword UnlockUser DeleteUser SetLimits ListRequests ListAudit",
+    "admin": "ListUsers CreateUser UpdateUser ResetPassword UnlockUser DeleteUser SetLimits ListRequests GetTexts "
+    "ListAudit",
     "owner": "",
     "installation": "CreateOrganisation UpdateOrganisation SetPrice DeletePrice VerifyLedger",
 }
@@ -186,6 +187,30 @@ def test_ids_of_another_organisation(site: Site) -> None:
         assert refusal(site.send("POST", path, token, json=body)) == (404, "not_found"), body
     assert state(site) == before
     assert site.chat(key.secret).status_code == 200
+
+
+def test_the_name_of_the_first_organisation_gives_nothing(site: Site) -> None:
+    """It may be renamed, and another may take its name: the installation stays with the first one."""
+    first, status = site.ids("organisation"), "/admin/v1/status"
+    other = site.done("GET", ORGANISATIONS, site.stranger.access)["data"][0]["id"]
+
+    def rename(organisation: str, name: str) -> None:
+        site.done("PATCH", f"{ORGANISATIONS}/{organisation}", site.owner.access, json={"name": name})
+
+    try:
+        rename(first, "renamed")
+        rename(other, "default")
+        for gateway in (0, 1):
+            assert site.send("GET", status, site.owner.access, gateway=gateway).status_code == 200
+            assert refusal(site.send("GET", status, site.stranger.access, gateway=gateway)) == (
+                403,
+                "permission_denied",
+            )
+        answer = site.send("POST", ORGANISATIONS, site.stranger.access, json={"name": "third"})
+        assert refusal(answer) == (403, "permission_denied")
+    finally:
+        rename(other, "other")
+        rename(first, "default")
 
 
 def test_nobody_says_who_they_are_in_the_body(site: Site) -> None:

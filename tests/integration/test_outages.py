@@ -25,7 +25,7 @@ from .proxy import Proxy, proxy
 from .stack import SCRIPTED, Process, context, environment, until
 from .wire import CHAT, STATUS, Answer, Line, chat, request
 
-RATE = 150
+RATE = 200
 """Requests/s: two cores serve them beside everything else that runs on them."""
 ENDLESS = 3000
 """Tokens of a stream that does not end by itself within a test."""
@@ -224,14 +224,14 @@ def test_the_database_is_away_and_a_gateway_is_killed(
     held = [f"{name}-held-{number}" for number in range(5)]
 
     async def act(load: Pressure) -> None:
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.3)
         await scene.do(strike, scene)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.3)
         assert (await scene.ask(scene.platform.gateways[1], make())).status in (401, 503)
         victim = scene.platform.gateways[0]
         lines = await scene.hold(victim, scene.keys[0], held)
         os.kill(worker(victim), signal.SIGKILL)
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.0)
         assert (await scene.ask(scene.platform.gateways[1], make())).status in (401, 503)
         await scene.do(heal, scene)
         for line in lines:
@@ -240,17 +240,16 @@ def test_the_database_is_away_and_a_gateway_is_killed(
     async def run() -> tuple[list[Sent], list[dict[str, Any]]]:
         await scene.warm()
         load = scene.pressure(name)
-        await asyncio.gather(load.run(RATE, 4.0), act(load))
+        await asyncio.gather(load.run(RATE, 3.0), act(load))
         return load.sent, await scene.arrived(name, {*held, *answered(load.sent)})
 
     sent, rows = uvloop.run(asyncio.wait_for(run(), 20))
     mine = [row for row in rows if row["request_id"] in held]
     verdict = judge(sent, [row for row in rows if row["request_id"] not in held])
-    print(name, verdict.answered, verdict.interrupted, sorted(each.latency_s for each in sent)[-5:])
     assert (verdict.lost, verdict.duplicated, verdict.strange) == ([], [], [])
     assert sorted(row["request_id"] for row in mine) == held
     assert {(row["finish"], row["status"]) for row in mine} == {("interrupted", 0)}
-    assert sum(each.served for each in sent) >= 0.999 * len(sent) == 0.999 * RATE * 4
+    assert sum(each.served for each in sent) >= 0.999 * len(sent) == 0.999 * RATE * 3
 
 
 def test_a_gateway_is_killed_and_another_one_takes_over_its_spool(scene: Scene) -> None:
@@ -294,7 +293,7 @@ def test_the_auth_service_is_killed_under_load_and_comes_back(scene: Scene) -> N
     async def run() -> None:
         await scene.warm(limited["secret"])
         known, few = scene.pressure("known"), scene.pressure("few", [limited["secret"]])
-        await asyncio.gather(known.run(RATE, 4.0), few.run(40, 4.0), act())
+        await asyncio.gather(known.run(RATE, 3.5), few.run(40, 3.5), act())
         rows = await scene.arrived("known", set(answered(known.sent)))
         verdict = judge(known.sent, rows)
         assert (verdict.lost, verdict.duplicated, verdict.strange, verdict.interrupted) == ([], [], [], 0)
@@ -341,7 +340,7 @@ def test_redis_is_away_under_load(scene: Scene, strike: Callable[[Scene], None],
     async def phase(name: str) -> None:
         load = scene.pressure(f"{strike.__name__}-{name}", [key])
         began = time.time() // 60
-        await load.run(100, 0.8)
+        await load.run(100, 0.6)
         windows = 1 + time.time() // 60 - began
         served = sum(each.served for each in load.sent)
         assert {each.tries[-1].code for each in load.sent} <= {"", "rate_limit_exceeded"}

@@ -226,11 +226,23 @@ def test_tokens_per_minute(site: Site) -> None:
     assert 400 - 3 * used < int(first.headers["x-ratelimit-remaining-tokens"]) < 400
     assert refusal(huge) == (429, "insufficient_quota"), "this one can never be admitted"
     assert huge.json()["error"]["param"] == "max_tokens"
+    assert huge.headers["x-should-retry"] == "false"
+    assert "retry-after" not in huge.headers
     assert large.status_code == 200
     for answer in (over, streamed):
         assert refusal(answer) == (429, "rate_limit_exceeded")
         assert 1 <= int(answer.headers["retry-after"]) <= 60
         assert RESET.fullmatch(answer.headers["x-ratelimit-reset-tokens"])
+
+
+def test_what_fits_is_let_in_at_once(site: Site) -> None:
+    """What a request gives back is there for the next one, however soon that comes."""
+    for _ in range(6):
+        secret = limited(site, tokens_per_month=100).secret
+        left = 100 - site.chat(secret, max_tokens=5).json()["usage"]["total_tokens"]
+        # Fewer than 25 tokens are guessed for the prompt.
+        answer = site.chat(secret, max_tokens=left - 25)
+        assert answer.status_code == 200, answer.text
 
 
 @contextlib.contextmanager
