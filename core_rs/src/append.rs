@@ -9,7 +9,10 @@ use pyo3::prelude::*;
 /// `os.write` lets go of it, and whoever takes it meanwhile keeps the event loop waiting: two changes of the thread for
 /// a copy into the page cache, which takes a microsecond.
 #[pyfunction]
-#[allow(unsafe_code, reason = "the standard library wants to own the descriptor")]
+#[allow(
+    unsafe_code,
+    reason = "the standard library wants to own the descriptor"
+)]
 pub(crate) fn append(descriptor: i32, data: &[u8]) -> io::Result<usize> {
     loop {
         // SAFETY: the pointer and the length are those of a slice that lives longer than the call.

@@ -11,8 +11,8 @@ from typing import Any
 from helixflow.admin.errors import AdminError, UnreachableError
 from helixflow.config import Config
 from helixflow.core_rs import CoreError, DeadlineExceeded, TlsError, TlsFiles, Unavailable
-from helixflow.gateway.errors import message_of
 from helixflow.pki.layout import Layout, Role
+from helixflow.refusals import message_of
 from helixflow.rpc import messages
 from helixflow.rpc.client import Client
 

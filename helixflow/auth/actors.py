@@ -6,7 +6,7 @@ from uuid import UUID
 
 from helixflow.auth.roles import METHODS, Role
 from helixflow.core_rs import InvalidApiKey, InvalidToken, NotFound, PermissionDenied
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 LONGEST_NAME = 254
 LONGEST_ADDRESS = 100

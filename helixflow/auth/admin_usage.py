@@ -9,11 +9,11 @@ from helixflow.auth.desk import Desk, Handler, filled
 from helixflow.auth.pepper import Pepper
 from helixflow.auth.roles import Role
 from helixflow.core_rs import NotFound, PermissionDenied
-from helixflow.gateway.errors import refusal
 from helixflow.ledger import chain, content, query
 from helixflow.limits import settings
 from helixflow.limits.model import Limits, Price, SubjectLimits
 from helixflow.limits.remote import price_list
+from helixflow.refusals import refusal
 from helixflow.rpc import messages
 from helixflow.rpc.server import Caller
 

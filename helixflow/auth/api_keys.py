@@ -12,7 +12,7 @@ from helixflow.auth.pepper import Pepper
 from helixflow.auth.records import KEY, Key
 from helixflow.auth.roles import Role
 from helixflow.core_rs import Conflict, InvalidRequest, NotFound, PermissionDenied
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 MOST_KEYS = 1000
 """Keys of one user that are not revoked: no page of a list should be lost in them."""

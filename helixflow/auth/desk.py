@@ -10,7 +10,7 @@ from helixflow.auth.actors import Actor, known, operator
 from helixflow.auth.organisations import Page
 from helixflow.core_rs import InvalidRequest, PermissionDenied
 from helixflow.db.pool import Pool
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 from helixflow.rpc.server import Caller
 
 GATEWAY = "api-gateway"

@@ -9,7 +9,7 @@ from helixflow import log
 from helixflow.core_rs import CoreError, Unavailable
 from helixflow.db.errors import DatabaseError
 from helixflow.errors import StartError
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 __all__ = ["PepperError", "SigningKeyError", "database_errors"]
 

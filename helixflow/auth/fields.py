@@ -10,7 +10,7 @@ from uuid import UUID
 
 from helixflow.auth.roles import WORDS, Role
 from helixflow.core_rs import InvalidRequest
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 LONGEST_EMAIL = 254
 """RFC 5321, 4.5.3.1.3: a path of 256 octets less its brackets."""

@@ -17,7 +17,7 @@ from helixflow.auth.sessions import Sessions
 from helixflow.auth.signing import Signer
 from helixflow.core_rs import InvalidRequest, InvalidToken
 from helixflow.db.pool import Pool
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 from helixflow.rpc import messages
 from helixflow.rpc.server import Caller
 

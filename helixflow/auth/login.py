@@ -15,7 +15,7 @@ from helixflow.core_rs import (
     PermissionDenied,
 )
 from helixflow.db.pool import Pool
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 _USER = """
 SELECT u.id, u.password, u.must_change_password, u.organisation_id, u.disabled OR o.suspended AS refused

@@ -22,7 +22,7 @@ from helixflow.auth import fields
 from helixflow.config import UNSET, AuthConfig
 from helixflow.core_rs import InvalidCredentials, InvalidRequest, Unavailable
 from helixflow.errors import ConfigError
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 """Signatures by a key pair only: with HMAC, whoever may check a token can make one."""

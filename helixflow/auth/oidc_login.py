@@ -13,7 +13,7 @@ from helixflow.auth.sessions import Issued, Sessions
 from helixflow.config import AuthConfig
 from helixflow.core_rs import InvalidCredentials, InvalidRequest, NotFound, PermissionDenied
 from helixflow.db.pool import Pool
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 STATE_BYTES = 32
 STATE_TTL_S = 600.0

@@ -11,9 +11,9 @@ from helixflow.auth.actors import Actor
 from helixflow.auth.records import ORGANISATION, Content, Organisation
 from helixflow.auth.roles import Role
 from helixflow.core_rs import Conflict, InvalidRequest, NotFound
-from helixflow.gateway.errors import refusal
 from helixflow.ledger.content import RETENTION_DAYS_MAX
 from helixflow.ledger.content import check as check_patterns
+from helixflow.refusals import refusal
 
 
 @dataclass(frozen=True, slots=True)

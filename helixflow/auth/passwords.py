@@ -11,7 +11,7 @@ from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
 from helixflow.core_rs import InvalidRequest, QueueFull
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 SHORTEST = 12
 LONGEST = 1024

@@ -10,8 +10,8 @@ from helixflow.auth.pepper import Pepper
 from helixflow.auth.records import Content
 from helixflow.auth.signing import Signer
 from helixflow.core_rs import InvalidApiKey, InvalidToken
-from helixflow.gateway.errors import refusal
 from helixflow.limits.model import Limits, SubjectLimits
+from helixflow.refusals import refusal
 
 DIGEST_BYTES = 32
 _ORDER = ("key", "user", "organisation")

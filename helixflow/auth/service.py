@@ -21,9 +21,9 @@ from helixflow.db.errors import DatabaseUnavailableError
 from helixflow.db.pool import Pool, tls_of
 from helixflow.db.target import Target, connect
 from helixflow.errors import StartError
-from helixflow.gateway.errors import refusal
 from helixflow.pki.layout import Layout, Role
 from helixflow.process import notify_ready
+from helixflow.refusals import refusal
 from helixflow.rpc.server import Caller, Server
 
 SERVICE = "auth-service"

@@ -12,7 +12,7 @@ from helixflow.auth.pepper import Pepper
 from helixflow.auth.signing import Signer
 from helixflow.config import AuthConfig
 from helixflow.core_rs import InvalidToken
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 PREFIX = "hr-"
 TOKEN_BYTES = 32

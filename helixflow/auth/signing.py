@@ -24,9 +24,9 @@ from helixflow.auth.fields import as_uuid
 from helixflow.config import AuthConfig
 from helixflow.core_rs import CoreError, InvalidToken, Unavailable
 from helixflow.db.pool import Pool
-from helixflow.gateway.errors import refusal
 from helixflow.pki import keys
 from helixflow.pki.errors import PkiError
+from helixflow.refusals import refusal
 
 ALGORITHM = "RS256"
 AUDIENCE = "helixflow"

@@ -11,7 +11,7 @@ from helixflow.auth.organisations import Page, page_of
 from helixflow.auth.records import USER, User
 from helixflow.auth.roles import Role
 from helixflow.core_rs import Conflict, InvalidRequest, NotFound
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 _OTHER_OWNERS = """
 SELECT count(*) FROM users

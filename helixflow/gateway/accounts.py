@@ -7,8 +7,8 @@ import orjson
 
 from helixflow import log
 from helixflow.core_rs import DeadlineExceeded, InvalidRequest, Unavailable
-from helixflow.gateway.errors import message_of, refusal
 from helixflow.gateway.http import Request
+from helixflow.refusals import message_of, refusal
 
 Call = Callable[..., Awaitable[Any]]
 """`helixflow.rpc.client.Client.call`."""

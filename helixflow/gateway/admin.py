@@ -11,9 +11,9 @@ import orjson
 
 from helixflow.core_rs import CoreError, InvalidRequest, PermissionDenied
 from helixflow.gateway.accounts import NO_STORE, Call, ask, read_object
-from helixflow.gateway.errors import message_of, refusal
 from helixflow.gateway.http import Request
 from helixflow.gateway.routes import Policy, Route, parameters
+from helixflow.refusals import message_of, refusal
 from helixflow.rpc import messages
 
 MAX_BODY = 64 * 1024

@@ -9,13 +9,14 @@ from helixflow.core_rs import CoreError, Internal, PermissionDenied
 from helixflow.gateway.auth import Principal, authenticate
 from helixflow.gateway.bridge import Bridge
 from helixflow.gateway.cors import Cors
-from helixflow.gateway.errors import envelope, headers_of, refusal
+from helixflow.gateway.errors import envelope, headers_of
 from helixflow.gateway.health import Health
 from helixflow.gateway.http import ClientGone, Limits, Receive, Request, Scope, Send
 from helixflow.gateway.inference import CLIENT_GONE, Inference
 from helixflow.gateway.models import Models
 from helixflow.gateway.routes import Allowed, Policy, Route, Router
 from helixflow.gateway.services import Services
+from helixflow.refusals import refusal
 
 HSTS = (b"strict-transport-security", b"max-age=31536000")
 

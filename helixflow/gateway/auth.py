@@ -7,9 +7,9 @@ from uuid import UUID
 
 from helixflow.config import DEVELOPMENT_KEY
 from helixflow.core_rs import InvalidApiKey, PermissionDenied
-from helixflow.gateway.errors import refusal
 from helixflow.gateway.http import Request
 from helixflow.limits.model import SubjectLimits
+from helixflow.refusals import refusal
 
 MAX_CREDENTIAL_BYTES = 8192
 """Longest bearer token that is looked at: issued keys have 52 characters, access tokens about 1,000."""

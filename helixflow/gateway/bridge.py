@@ -9,8 +9,8 @@ from typing import Any, Self
 from helixflow.config import Config
 from helixflow.core_rs import Call, CoreError, Draining, ModelInfo, PoolClient
 from helixflow.gateway.certificates import GatewayFiles
-from helixflow.gateway.errors import refusal
 from helixflow.gateway.http import ClientGone, Receive
+from helixflow.refusals import refusal
 
 WATCH_AFTER_S = 0.02
 """A call this old (seconds) is watched for a disconnect. Most are over by then, and a watch costs more than they do."""

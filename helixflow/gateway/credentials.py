@@ -18,7 +18,7 @@ from helixflow.auth.keys import PREFIX, presented, well_formed
 from helixflow.config import DEVELOPMENT_KEY, Config
 from helixflow.core_rs import CoreError, DeadlineExceeded, InvalidApiKey, InvalidToken, Unavailable
 from helixflow.gateway.auth import Principal, unknown_key
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 from helixflow.rpc import messages
 from helixflow.rpc.client import Client
 

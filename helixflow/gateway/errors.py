@@ -1,29 +1,15 @@
 """Errors of requests: the OpenAI envelope, and the HTTP answer that carries it."""
 
-from typing import TypeVar
-
 import orjson
 
 from helixflow import core_rs
 from helixflow.core_rs import CoreError, InsufficientQuota
+from helixflow.refusals import message_of
 
 RETRY_AFTER_S = 1
 """`Retry-After` of a 429 or 503 that brings no time of its own (seconds): queues and restarts are short."""
 
 _TYPES = {row.code: row.openai_type for row in core_rs.error_table()}
-_ERROR = TypeVar("_ERROR", bound=CoreError)
-
-
-def refusal(kind: type[_ERROR], message: str, param: str | None = None) -> _ERROR:
-    """An error of the gateway itself. `param`: path of the request parameter at fault."""
-    error = kind(message)
-    error.param = param
-    return error
-
-
-def message_of(error: CoreError) -> str:
-    """The sentence for people, without the class."""
-    return str(error.args[0]) if error.args else error.code
 
 
 def envelope(error: CoreError) -> bytes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from helixflow.core_rs import CoreError, InvalidRequest, PayloadTooLarge, UnsupportedMediaType
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 if TYPE_CHECKING:
     from helixflow.gateway.auth import Principal

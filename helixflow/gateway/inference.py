@@ -11,8 +11,9 @@ from helixflow.core_rs import Call, CoreError, GenerateRequest, InvalidRequest, 
 from helixflow.gateway import schema
 from helixflow.gateway.accounting import Accountant, Admission
 from helixflow.gateway.bridge import Bridge, Running
-from helixflow.gateway.errors import final_event, refusal
+from helixflow.gateway.errors import final_event
 from helixflow.gateway.http import ClientGone, Request
+from helixflow.refusals import refusal
 
 KEEP_ALIVE = b": keep-alive\n\n"
 """An SSE comment: clients skip it, and everything on the way sees that the connection lives."""

@@ -14,9 +14,9 @@ import orjson
 from helixflow.core_rs import CoreError, Internal, InvalidCredentials, InvalidRequest
 from helixflow.gateway.accounts import NO_STORE, Call, ask, read_object
 from helixflow.gateway.auth import bearer
-from helixflow.gateway.errors import refusal
 from helixflow.gateway.http import Request
 from helixflow.gateway.routes import Policy, Route
+from helixflow.refusals import refusal
 from helixflow.rpc import messages
 
 MAX_BODY = 16 * 1024

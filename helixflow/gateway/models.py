@@ -6,8 +6,8 @@ import orjson
 
 from helixflow.core_rs import ModelNotFound, Unavailable
 from helixflow.gateway.bridge import Bridge
-from helixflow.gateway.errors import refusal
 from helixflow.gateway.http import Request
+from helixflow.refusals import refusal
 
 PREFIX = "/v1/models/"
 OWNER = "helixflow"

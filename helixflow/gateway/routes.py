@@ -9,8 +9,8 @@ from urllib.parse import unquote
 
 from helixflow.core_rs import MethodNotAllowed, NotFound
 from helixflow.errors import StartError
-from helixflow.gateway.errors import refusal
 from helixflow.gateway.http import Request
+from helixflow.refusals import refusal
 
 Handler = Callable[[Request], Awaitable[None]]
 PARAMETER = "{id}"

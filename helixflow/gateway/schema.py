@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from helixflow.core_rs import CoreError, InvalidRequest, UnsupportedParameter, json_within
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024

@@ -8,11 +8,11 @@ import orjson
 from helixflow.core_rs import PermissionDenied
 from helixflow.gateway.accounting import Metered
 from helixflow.gateway.credentials import Credentials
-from helixflow.gateway.errors import refusal
 from helixflow.gateway.http import Request
 from helixflow.gateway.routes import Policy, Route
 from helixflow.ledger.shipper import Shipper
 from helixflow.limits.limiter import Limiter
+from helixflow.refusals import refusal
 
 PATH = "/admin/v1/status"
 ROLES = ("owner", "admin")

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from helixflow import log
 from helixflow.core_rs import InvalidRequest
-from helixflow.gateway.errors import refusal
 from helixflow.ledger.record import CONTENT_MAX, DAY_US, Begin, Content
+from helixflow.refusals import refusal
 
 REDACTED: Final = "[redacted]"
 PATTERNS_MAX: Final = 32

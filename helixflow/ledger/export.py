@@ -10,8 +10,8 @@ from typing import Any, Final
 import orjson
 
 from helixflow.core_rs import InvalidRequest
-from helixflow.gateway.errors import refusal
 from helixflow.ledger.query import LedgerRow, UsageRow
+from helixflow.refusals import refusal
 
 FORMATS: Final = ("csv", "jsonl")
 LEDGER_FIELDS: Final = tuple(field.name for field in dataclasses.fields(LedgerRow))

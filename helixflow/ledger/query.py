@@ -13,9 +13,9 @@ from datetime import date, timedelta
 from typing import Any, Final
 
 from helixflow.core_rs import InvalidRequest
-from helixflow.gateway.errors import refusal
 from helixflow.ledger.chain import EPOCH, midnight
 from helixflow.ledger.record import id_bound, midnight_us, today
+from helixflow.refusals import refusal
 
 GROUPS: Final = ("day", "model", "endpoint", "key", "user", "organisation")
 USAGE_ROWS: Final = 10_000

@@ -15,9 +15,9 @@ from typing import Final
 from helixflow import core_rs, log
 from helixflow.config import LedgerConfig
 from helixflow.core_rs import LedgerFull
-from helixflow.gateway.errors import refusal
 from helixflow.ledger import frames
 from helixflow.ledger.record import Begin, Content, Row
+from helixflow.refusals import refusal
 
 SEGMENT_BYTES: Final = 16 << 20
 SEGMENTS_MIN: Final = 8

@@ -12,9 +12,9 @@ from helixflow import log
 from helixflow.core_rs import InvalidRequest, Unavailable
 from helixflow.db.errors import DatabaseError
 from helixflow.db.pool import Pool
-from helixflow.gateway.errors import refusal
 from helixflow.ledger.chain import EPOCH, Head, link, start
 from helixflow.ledger.record import INTERRUPTED, Content, Row, day_of, decode, fits
+from helixflow.refusals import refusal
 
 COLUMNS: Final = (
     "id",

@@ -16,10 +16,10 @@ from helixflow import log
 from helixflow.config import LimitsConfig
 from helixflow.core_rs import Unavailable
 from helixflow.db.pool import Pool
-from helixflow.gateway.errors import message_of, refusal
 from helixflow.limits.postgres import PostgresStore
 from helixflow.limits.redis import RedisStore
 from helixflow.limits.store import Call, Grant, Granted, LimitStore
+from helixflow.refusals import message_of, refusal
 
 PROBE_S = 1.0
 """A backend that failed is asked this often (seconds) whether it answers again; until then nobody waits for it."""

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from helixflow.core_rs import InvalidRequest
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 MAX_LIMIT = 1 << 52
 """Largest limit: Redis computes with doubles, which are exact to 2^53. As money, 4.5 million currency units."""

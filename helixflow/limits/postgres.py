@@ -9,8 +9,8 @@ import asyncpg
 from helixflow.core_rs import Unavailable
 from helixflow.db.errors import DatabaseError
 from helixflow.db.pool import Pool
-from helixflow.gateway.errors import refusal
 from helixflow.limits.store import HOLD_S, Call, Grant, Granted, check, lapses_ms, open_at, overtaken
+from helixflow.refusals import refusal
 
 FORGET_GATEWAY_MS = 3_600_000
 """A gateway that was silent this long (milliseconds) sends no batch again."""

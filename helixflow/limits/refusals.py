@@ -3,9 +3,9 @@
 import math
 
 from helixflow.core_rs import CoreError, InsufficientQuota, RateLimitExceeded
-from helixflow.gateway.errors import refusal
 from helixflow.limits.counters import Counter, Plan, narrowest
 from helixflow.limits.model import Metric
+from helixflow.refusals import refusal
 
 _SCOPES = {"key": "this API key", "user": "this user", "organisation": "this organisation"}
 _UNITS = {

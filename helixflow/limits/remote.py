@@ -6,10 +6,10 @@ from typing import Any
 
 from helixflow.core_rs import InvalidRequest
 from helixflow.db.pool import Pool
-from helixflow.gateway.errors import refusal
 from helixflow.limits import settings
 from helixflow.limits.model import Metric, Price
 from helixflow.limits.store import Call, Grant, Granted, Item, LimitStore
+from helixflow.refusals import refusal
 from helixflow.rpc import messages
 
 METHOD = "AuthService/Lease"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from helixflow.core_rs import InvalidRequest
-from helixflow.gateway.errors import refusal
 from helixflow.limits.model import FIELDS, Limits, Price, SubjectLimits
+from helixflow.refusals import refusal
 
 MAX_PRICE = 10**12
 """Highest price of a token: 1,000 currency units, in nano units."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from helixflow.core_rs import Conflict, InvalidRequest
-from helixflow.gateway.errors import refusal
 from helixflow.limits.model import MAX_LIMIT, Metric, window_end, window_start
+from helixflow.refusals import refusal
 
 HOLD_S = 15
 """What a gateway holds lapses this long (seconds) after it was last told."""

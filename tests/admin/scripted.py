@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helixflow.core_rs import CoreError, TlsFiles
-from helixflow.gateway.errors import refusal
 from helixflow.pki.layout import Layout, Role
+from helixflow.refusals import refusal
 from helixflow.rpc import messages
 from helixflow.rpc.server import Caller, Server
 

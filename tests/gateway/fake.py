@@ -16,7 +16,7 @@ from helixflow.config import Config
 from helixflow.core_rs import CoreError, DeadlineExceeded, ModelNotFound, PoolClient, QueueFull
 from helixflow.gateway import inference
 from helixflow.gateway.bridge import Bridge
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 
 WORDS = 50
 MODELS = ("echo", "slow", "stuck", "mute", "full", "late", "flood", "bug")

@@ -13,7 +13,7 @@ from helixflow.config import Config, load
 from helixflow.core_rs import CoreError, InvalidApiKey, InvalidToken, Unavailable
 from helixflow.gateway import credentials
 from helixflow.gateway.credentials import Credentials
-from helixflow.gateway.errors import refusal
+from helixflow.refusals import refusal
 from helixflow.rpc import messages
 
 KEY = make().encode()

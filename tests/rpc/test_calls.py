@@ -18,8 +18,8 @@ from helixflow.core_rs import (
     RpcClient,
     Unavailable,
 )
-from helixflow.gateway.errors import refusal
 from helixflow.pki.layout import Layout, Role
+from helixflow.refusals import refusal
 from helixflow.rpc import messages
 from helixflow.rpc.client import Client
 from helixflow.rpc.server import Caller

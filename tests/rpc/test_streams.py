@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from helixflow.core_rs import Conflict
-from helixflow.gateway.errors import refusal
 from helixflow.pki.layout import Layout
+from helixflow.refusals import refusal
 from helixflow.rpc import messages
 from helixflow.rpc.server import Caller
 
