@@ -69,6 +69,7 @@ class Credentials:
         self._asking: dict[bytes, asyncio.Task[Principal | None]] = {}
         self._generation = 0
         self._away_until = 0.0
+        self._unanswered = False  # the last question: until one is answered, nobody waits for what memory can tell
         self._listening = False
         self.on_prices: Callable[[], None] = lambda: None
         """Called when prices changed, and after every gap."""
@@ -113,12 +114,12 @@ class Credentials:
         now = self._clock()
         if now >= entry.grace_until:
             return None
-        if entry.doubtful and now >= self._away_until:
+        if entry.doubtful and now >= self._away_until and not self._unanswered:
             try:
                 return self._checked(await self._ask(credential, digest, token, RECHECK_S), token)
             except AWAY:
                 logger.debug("no auth-service answers; the memory of a credential counts")
-        elif now >= entry.fresh_until and now >= self._away_until:
+        elif (entry.doubtful or now >= entry.fresh_until) and now >= self._away_until:
             self._ask_soon(credential, digest, token, ASK_S)
         # It may have been forgotten while we waited: then it has changed, and its memory does not count any more.
         if self._entries.get(digest) is not entry:
@@ -140,7 +141,7 @@ class Credentials:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(task)
         except TimeoutError:
-            self._away_until = self._clock() + AWAY_S
+            self._gone()
             raise refusal(Unavailable, "the API key cannot be checked now; try again in a moment") from None
 
     def _ask_soon(
@@ -170,12 +171,18 @@ class Credentials:
         except (InvalidApiKey, InvalidToken):
             principal = None
         except AWAY:
-            self._away_until = self._clock() + AWAY_S
+            self._gone()
             raise
+        self._unanswered = False
         # An answer from before a change that was told meanwhile may be the old one: it counts for this request only.
         if generation == self._generation:
             self._remember(digest, principal)
         return principal
+
+    def _gone(self) -> None:
+        """A question was not answered."""
+        self._unanswered = True
+        self._away_until = self._clock() + AWAY_S
 
     # --- memory -----------------------------------------------------------------
 
@@ -219,6 +226,7 @@ class Credentials:
         for entry in self._entries.values():
             entry.doubtful = True
         self._away_until = 0.0
+        self._unanswered = False
 
     @property
     def remembered(self) -> int:

@@ -275,6 +275,26 @@ def test_after_a_gap_memory_counts_when_nobody_answers() -> None:
     check(case)
 
 
+def test_one_request_waits_for_a_service_that_hangs_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credentials, "RECHECK_S", 0.01)
+
+    async def case(script: Script, store: Credentials, clock: Clock) -> None:
+        script.add(KEY)
+        await store.verify(KEY)
+        store.doubt()
+        script.gate = asyncio.Event()
+        assert (await store.verify(KEY)).name == "ci"
+        monkeypatch.setattr(credentials, "RECHECK_S", 1000.0)
+        for _ in range(3):
+            clock.now += 1.1
+            assert (await store.verify(KEY)).name == "ci"
+        script.gate.set()
+        await settle()
+        assert store.known(KEY) is not None, "the answer came at last"
+
+    check(case)
+
+
 def test_prices_are_asked_for_after_gaps_and_changes() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         told = []

@@ -6,6 +6,7 @@ import re
 import secrets
 import shutil
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,7 @@ class Site:
                 "key": key.id,
                 "subject": f"key:{key.id}",
                 "id": "helixflow-demo",
+                "request": str(uuid.UUID(int=0)),
             }
         return self.things[kind]
 

@@ -36,6 +36,7 @@ ENDLESS = 4000
 class Killed:
     """What a gateway held when it was killed."""
 
+    gateway: Process | None = None
     key: str = ""
     at: float = 0.0
     permits: int = 0
@@ -119,7 +120,7 @@ def test_requests_at_once_are_counted_over_all_gateways(four: Platform, killed: 
     victim = let_in[0][0]
     worker = Path(f"/proc/{victim.popen.pid}/task/{victim.popen.pid}/children").read_text().split()[0]
     os.kill(int(worker), signal.SIGKILL)
-    killed.key, killed.at = key, time.monotonic()
+    killed.gateway, killed.key, killed.at = victim, key, time.monotonic()
     killed.permits = sum(gateway is victim for gateway, _ in let_in)
     killed.lines = [line for _, line in let_in]
 
@@ -135,7 +136,7 @@ def test_a_full_window_is_full_at_all_gateways(four: Platform, runner: asyncio.R
         while time.monotonic() < end:
             body = chat(draw.randint(5, 25), stream=True, stream_options={"include_usage": True})
             data = request(CHAT, body, key["secret"], f"fill-{number}")
-            if draw.random() < 0.1:
+            if draw.random() < 0.2:
                 await line.leave(data, 3)
             elif (await line.ask(data)).status == 429:
                 await asyncio.sleep(0.2)
@@ -165,20 +166,22 @@ def test_a_full_window_is_full_at_all_gateways(four: Platform, runner: asyncio.R
             await asyncio.sleep(0.1)
         counted = await sql(four, "SELECT sum(used)::bigint FROM limit_counters WHERE subject = $1", subject)
         assert rows[0][1] == GATEWAYS
-        assert rows[0][2] > 10
+        assert rows[0][2] > 5
         return rows[0][0], counted[0][0]
 
-    runner.run(asyncio.wait_for(fill(), 25))
+    runner.run(asyncio.wait_for(fill(), 20))
     tokens, counted = runner.run(asyncio.wait_for(settled(), 5))
     assert counted == tokens
     assert 0.95 * TOKENS_PER_MINUTE <= tokens <= TOKENS_PER_MINUTE
 
 
 def test_a_gateway_that_stops_tells_what_was_used_and_returns_what_it_holds(
-    four: Platform, runner: asyncio.Runner
+    four: Platform, killed: Killed, runner: asyncio.Runner
 ) -> None:
     key = new_key(four, "--tokens-per-minute", "1M", "--tokens-per-day", "1G", "--concurrent-requests", "100")
-    gateway = four.gateways.pop()
+    gateway = killed.gateway  # no endless stream keeps it: they died with its first worker
+    assert gateway is not None, "the test that kills it comes before"
+    four.gateways.remove(gateway)
     subject = f"key:{key['key']['id']}"
 
     async def ask() -> int:

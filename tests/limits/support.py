@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from helixflow.limits.model import Limits, Metric, SubjectLimits, window_start
 from helixflow.limits.postgres import PostgresStore
 from helixflow.limits.redis import RedisStore
 from helixflow.limits.store import HOLD_S, Call, Grant, Granted, Item, LimitStore, check, open_at, overtaken
+from helixflow.process import die_with_parent
 from tests.db.support import Server, options
 
 START = 1_800_000_000.0
@@ -173,7 +175,13 @@ class Redis:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self._process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+        parent = os.getpid()
+        # A run that is cut off by its time limit cleans nothing up.
+        self._process = subprocess.Popen(
+            self.command,
+            stdout=subprocess.DEVNULL,
+            preexec_fn=lambda: die_with_parent(parent),  # noqa: PLW1509 - nothing in it takes a lock of another thread
+        )
 
     def stop(self) -> None:
         if self._process is not None:
