@@ -23,7 +23,6 @@ from helixflow.auth.touch import LastUses
 from helixflow.config import Config
 from helixflow.db.pool import Pool
 from helixflow.ledger import maintenance
-from helixflow.ledger.record import Row, decode
 from helixflow.ledger.writer import Writer
 from helixflow.limits.fallback import Counters
 from helixflow.limits.remote import lease_handler, prices_handler
@@ -114,13 +113,10 @@ async def _first_start(config: Config, pool: Pool, pepper: Pepper, hashes: Passw
 
 def _elsewhere(config: Config, pool: Pool, pepper: Pepper, counters: Counters) -> Mapping[str, Unary]:
     """Methods of AuthService that limiter and ledger answer."""
-    writer, uses = Writer(pool, pepper.ledger_key()), LastUses(pool)
+    writer = Writer(pool, pepper.ledger_key(), LastUses(pool).note)
 
     async def append(request: Any, _caller: Caller) -> Any:
-        records = list(request.records)
-        written, known = await writer.append(request.spool, records)
-        rows = [row for row in map(decode, records) if isinstance(row, Row)]
-        await uses.note((row.key, row.at_us) for row in rows)
+        written, known = await writer.append(request.spool, list(request.records))
         return messages.AppendUsageReply(written=written, known=known)
 
     return {

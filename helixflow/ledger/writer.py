@@ -1,7 +1,7 @@
 """Writes what gateways ship into the ledger, each request once, in one transaction per batch."""
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import date, datetime, timedelta
 from typing import Any, Final
 
@@ -40,6 +40,8 @@ COLUMNS: Final = (
     "client",
     "request_id",
 )
+Note = Callable[[Iterable[tuple[bytes | None, int]]], Awaitable[None]]
+
 ATTEMPTS: Final = 3
 """A partition may be dropped between two statements."""
 
@@ -108,7 +110,9 @@ class _GoneError(Exception):
 class Writer:
     """The ledger's only writer in this process. Any number of them may work at once, on one or many machines."""
 
-    def __init__(self, pool: Pool, chain_key: bytes) -> None:
+    def __init__(self, pool: Pool, chain_key: bytes, note: Note | None = None) -> None:
+        """`note` hears of the keys of every batch that has been written: (16 bytes or None, microseconds) each."""
+        self._note = note
         self._pool = pool
         self._key = chain_key
         self._days: set[date] = set()  # whose partition and head exist
@@ -123,18 +127,22 @@ class Writer:
         try:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
-                    return await self._append(rows, contents)
+                    counts = await self._append(rows, contents)
                 except (asyncpg.CheckViolationError, _GoneError):
                     # What was there is there no more.
                     self._days.clear()
                     if attempt == ATTEMPTS:
                         raise
+                else:
+                    break
         except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
             raise refusal(InvalidRequest, f"The database refuses a record of the batch: {error}.", "records") from None
         except (DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, _GoneError) as error:
             logger.warning("rows could not be written; the gateway keeps them", spool=spool, error=str(error))
             raise refusal(Unavailable, "The ledger's database is not available now. Try again later.") from None
-        raise AssertionError("unreachable")
+        if self._note is not None:
+            await self._note((row.key, row.at_us) for row in rows.values())
+        return counts
 
     async def _append(self, rows: dict[bytes, Row], contents: Sequence[Content]) -> tuple[int, int]:
         async with self._pool.acquire() as connection:
