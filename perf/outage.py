@@ -235,8 +235,7 @@ def report(outage: Outage, verdict: Verdict, options: argparse.Namespace) -> str
 {chr(10).join(rows)}
 
 The gateway's death is apart: from {AROUND_S[0]:g} s before to {AROUND_S[1]:g} s after it, its clients wait for broken
-connections and open new ones. Its next worker knows no key as long as nobody can be asked: it refuses with 503 until
-PostgreSQL is back.
+connections and open new ones. Its next worker is told by the auth-service what PostgreSQL had said of the keys.
 """
 
 

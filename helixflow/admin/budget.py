@@ -1,5 +1,6 @@
 """`helixflow limits` and `helixflow price`."""
 
+import contextlib
 from argparse import Namespace
 from typing import Any
 from uuid import UUID
@@ -63,10 +64,8 @@ async def _subject(operator: Operator, text: str) -> str:
     kind, _, name = text.partition(":")
     if kind not in ("key", "user", "organisation") or not name:
         raise AdminError(f"`{text}` is not a subject: write key:ID, user:E-MAIL or organisation:NAME")
-    try:
+    with contextlib.suppress(ValueError):
         return f"{kind}:{UUID(name)}"
-    except ValueError:
-        pass
     if kind == "key":
         raise AdminError(f"`{name}` is not the id of a key; `helixflow key list` shows them")
     lists = {"user": ("ListUsers", "email"), "organisation": ("ListOrganisations", "name")}

@@ -4,6 +4,7 @@ Money inside is whole nano units of the currency (a price: per token), outside a
 tokens). Readers raise `argparse.ArgumentTypeError`, so that a typing error ends the command before anything is asked.
 """
 
+import contextlib
 import re
 import time
 from argparse import ArgumentTypeError
@@ -60,11 +61,9 @@ def _small(number: int, text: str) -> int:
 
 def day(text: str) -> str:
     """Checks a day, `YYYY-MM-DD`, and returns it."""
-    try:
+    with contextlib.suppress(ValueError):
         if _DAY.fullmatch(text):
             return date.fromisoformat(text).isoformat()
-    except ValueError:
-        pass
     raise ArgumentTypeError(f"`{text}` is not a day; write YYYY-MM-DD")
 
 

@@ -13,6 +13,7 @@ from helixflow.auth.events import Events
 from helixflow.auth.handlers import AuthHandlers, Method, Unary, Ways
 from helixflow.auth.lockout import Lockout
 from helixflow.auth.login import Login
+from helixflow.auth.memory import Memory
 from helixflow.auth.oidc import Provider
 from helixflow.auth.oidc_login import OidcLogin
 from helixflow.auth.passwords import Passwords
@@ -73,6 +74,7 @@ async def build(config: Config, pool: Pool) -> Built:
         counters = Counters(config.limits, pool)
         stack.push_async_callback(counters.close)
         events = Events(pool.target, config.database)
+        memory = Memory(config.gateway.key_grace_s)
         begun = Sessions(config.auth, pepper, signer)
         handlers = AuthHandlers(
             pool,
@@ -84,6 +86,7 @@ async def build(config: Config, pool: Pool) -> Built:
                 OidcLogin(pool, config.auth, pepper, begun, provider),
             ),
             events=events,
+            memory=memory,
             elsewhere=_elsewhere(config, pool, pepper, counters),
             development=config.development,
         )
@@ -95,6 +98,7 @@ async def build(config: Config, pool: Pool) -> Built:
             {
                 "signing key": lambda: signer.watch(pool),
                 "events": events.run,
+                "memory": lambda: memory.follow(events),
                 "purge": lambda: purge.run(pool),
                 "limits": counters.run,
                 "ledger": lambda: maintenance.run(pool, config.ledger, pepper.ledger_key()),

@@ -1,6 +1,8 @@
 """AuthService: credentials, sessions, changes."""
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +10,16 @@ from typing import Any
 from helixflow.auth import principals, sessions
 from helixflow.auth.actors import cut_address
 from helixflow.auth.desk import filled
+from helixflow.auth.errors import database_errors
 from helixflow.auth.events import Events
 from helixflow.auth.login import Login
+from helixflow.auth.memory import Memory
 from helixflow.auth.oidc_login import OidcLogin
 from helixflow.auth.pepper import Pepper
 from helixflow.auth.principals import Principal
 from helixflow.auth.sessions import Sessions
 from helixflow.auth.signing import Signer
-from helixflow.core_rs import InvalidRequest, InvalidToken
+from helixflow.core_rs import InvalidApiKey, InvalidRequest, InvalidToken, Unavailable
 from helixflow.db.pool import Pool
 from helixflow.refusals import refusal
 from helixflow.rpc import messages
@@ -24,6 +28,11 @@ from helixflow.rpc.server import Caller
 SERVICE = "AuthService"
 KIND_KEY, KIND_USER = 1, 2
 """Of helixflow.v1.PrincipalKind."""
+
+ASK_S = 2.0
+"""A database that does not answer by then counts as away for keys that are remembered (seconds)."""
+AWAY_S = 1.0
+"""After a failure, keys that are remembered are not asked for again this long (seconds)."""
 
 _ELSEWHERE = ("Prices", "Lease", "AppendUsage")
 
@@ -51,6 +60,7 @@ class AuthHandlers:
         *,
         ways: Ways,
         events: Events,
+        memory: Memory,
         elsewhere: Mapping[str, Unary],
         development: bool,
     ) -> None:
@@ -62,6 +72,8 @@ class AuthHandlers:
         self._signer = signer
         self._ways = ways
         self._events = events
+        self._memory = memory
+        self._away_until = 0.0
         self._elsewhere = elsewhere
         self._development = development
 
@@ -82,16 +94,39 @@ class AuthHandlers:
 
     async def _verify(self, request: Any, _caller: Caller) -> Any:
         kind = request.WhichOneof("credential")
+        if kind == "key_digest":
+            return await self._verify_key(request.key_digest)
         async with self._pool.acquire() as connection:
-            if kind == "key_digest":
-                found = await principals.by_key(
-                    connection, self._pepper, request.key_digest, development=self._development
-                )
-                return principal_message(found)
             if kind == "access_token":
                 found = await principals.by_token(connection, self._signer, request.access_token)
                 return principal_message(found)
         raise refusal(InvalidRequest, "the request holds no credential", "credential")
+
+    async def _verify_key(self, digest: bytes) -> Any:
+        """Asks the database; while that is away, what it said before counts."""
+        known = self._memory.find(digest)
+        generation = self._memory.generation
+        if known is None or time.monotonic() >= self._away_until:
+            try:
+                with database_errors():
+                    async with asyncio.timeout(ASK_S if known else None), self._pool.acquire() as connection:
+                        found = await principals.by_key(connection, self._pepper, digest, development=self._development)
+            except InvalidApiKey:
+                self._memory.forget(digest)
+                raise
+            except (Unavailable, TimeoutError):
+                self._away_until = time.monotonic() + AWAY_S
+                # While we waited it may have changed.
+                known = self._memory.find(digest)
+                if known is None:
+                    raise
+            else:
+                self._memory.keep(digest, found, generation)
+                return principal_message(found)
+        principal, age_s = known
+        message = principal_message(principal)
+        message.age_s = max(1, int(age_s))
+        return message
 
     async def _login(self, request: Any, _caller: Caller) -> Any:
         address = cut_address(request.address)

@@ -28,7 +28,7 @@ class Principal:
     """The holder of a key or an access token. `name` is safe to log; the credential never is.
 
     Identifiers are UUIDs as text; empty where there is none. Empty `models` and `endpoints` mean all of them.
-    `installation`: belongs to the first organisation.
+    `installation`: belongs to the first organisation. `age_s`: since the database confirmed it, when that is away.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Principal:
     key_id: str = ""
     session_id: str = ""
     installation: bool = False
+    age_s: int = 0
     role: str = ""
     expires_at: int = 0
     models: frozenset[str] = frozenset()
@@ -62,6 +63,7 @@ class Principal:
             session_id=message.session_id,
             role=message.role,
             installation=message.installation,
+            age_s=message.age_s,
             expires_at=message.expires_at,
             models=frozenset(message.models),
             endpoints=frozenset(message.endpoints),

@@ -196,7 +196,8 @@ class Credentials:
                 self._unknown.popitem(last=False)
             return
         self._unknown.pop(digest, None)
-        self._entries[digest] = Entry(principal, now + self._options.key_cache_s, now + self._options.key_grace_s)
+        grace_s = max(0.0, self._options.key_grace_s - principal.age_s)
+        self._entries[digest] = Entry(principal, now + min(self._options.key_cache_s, grace_s), now + grace_s)
         for holder in _holders(principal):
             self._holders[holder].add(digest)
         while len(self._entries) > self._options.key_cache_size:

@@ -58,6 +58,11 @@ def add_parser(subparsers: Any) -> None:
     renew.add_argument("--within", type=_days, metavar="DAYS", help="only certificates that end within so many days")
     _making(renew, "that of the old certificate")
 
+    _add_others(commands)
+
+
+def _add_others(commands: Any) -> None:
+    """Adds the commands that make no certificate."""
     revoke = _command(
         commands,
         "revoke",

@@ -345,4 +345,6 @@ def test_a_background_task_that_fails_begins_anew(monkeypatch: pytest.MonkeyPatc
 def test_handlers_are_all_there() -> None:
     nothing: Any = None
     with pytest.raises(ValueError, match="Prices, Lease, AppendUsage"):
-        AuthHandlers(nothing, nothing, nothing, ways=nothing, events=nothing, elsewhere={}, development=False)
+        AuthHandlers(
+            nothing, nothing, nothing, ways=nothing, events=nothing, memory=nothing, elsewhere={}, development=False
+        )

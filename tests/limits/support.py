@@ -270,3 +270,25 @@ def scaled(factor: float) -> Callable[[], float]:
     """A clock that runs `factor` times as fast as the world, from `START`."""
     began = time.monotonic()
     return lambda: START + (time.monotonic() - began) * factor
+
+
+class World:
+    """Gateways around one store, and a clock moved by hand."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.store = ModelStore(self.clock)
+        self.way = Lossy(self.store)
+        self.first = limiter(0, self.way, self.clock)
+        self.second = limiter(1, self.store.lease, self.clock)
+
+    def total(self, metric: Metric = Metric.TOKENS_PER_MINUTE, subject: str = KEY) -> int:
+        """Used and held of the window at `START`, as the store sees it."""
+        return self.store.total(item(subject, metric))
+
+    async def passes(self, seconds: float) -> None:
+        await passes(self.clock, seconds, self.first, self.second)
+
+
+def run(work: Callable[[World], Any]) -> None:
+    asyncio.run(work(World()))

@@ -1,0 +1,91 @@
+"""What the database has said of API keys, for the time when it is away: also a gateway that starts then knows them.
+
+Everything that changes is forgotten at once, and all of it after a gap in what is heard: a key that was revoked while
+the database was there is never served from here.
+"""
+
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from helixflow.auth.events import RESYNC, Events
+from helixflow.auth.principals import Principal
+
+SIZE = 100_000
+"""Keys that are remembered; the ones that were not asked for longest go first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """A principal, and when the database confirmed it (monotonic seconds)."""
+
+    principal: Principal
+    confirmed: float
+
+
+class Memory:
+    """Keys by the digest that gateways send. Belongs to one event loop."""
+
+    def __init__(self, grace_s: float, *, size: int = SIZE, clock: Callable[[], float] = time.monotonic) -> None:
+        """`grace_s`: how long after its confirmation a key may be served (seconds)."""
+        self._grace_s = grace_s
+        self._size = size
+        self._clock = clock
+        self._found: OrderedDict[bytes, Remembered] = OrderedDict()
+        self._holders: defaultdict[str, set[bytes]] = defaultdict(set)
+        self._generation = 0
+
+    @property
+    def generation(self) -> int:
+        """Changes with everything that is heard. What was read before a change must not be kept after it."""
+        return self._generation
+
+    def keep(self, digest: bytes, principal: Principal, generation: int) -> None:
+        """Remembers what the database said when `generation` was current."""
+        if generation != self._generation:
+            return
+        self.forget(digest)
+        self._found[digest] = Remembered(principal, self._clock())
+        for holder in _holders(principal):
+            self._holders[holder].add(digest)
+        if len(self._found) > self._size:
+            self.forget(next(iter(self._found)))
+
+    def find(self, digest: bytes) -> tuple[Principal, float] | None:
+        """The principal and the seconds since it was confirmed; None when it is not known, or its time is over."""
+        found = self._found.get(digest)
+        if found is None:
+            return None
+        age = self._clock() - found.confirmed
+        expired = found.principal.expires_at and time.time() >= found.principal.expires_at
+        return None if expired or age > self._grace_s else (found.principal, age)
+
+    def forget(self, digest: bytes) -> None:
+        """Lets go of one key."""
+        found = self._found.pop(digest, None)
+        if found is None:
+            return
+        for holder in _holders(found.principal):
+            digests = self._holders[holder]
+            digests.discard(digest)
+            if not digests:
+                del self._holders[holder]
+
+    def hear(self, event: str) -> None:
+        """An event of `Events.watch`."""
+        self._generation += 1
+        if event == RESYNC:
+            self._found.clear()
+            self._holders.clear()
+        for digest in list(self._holders.get(event, ())):
+            self.forget(digest)
+
+    async def follow(self, events: Events) -> None:
+        """Hears what changes, until the service stops."""
+        async for event in events.watch():
+            self.hear(event)
+
+
+def _holders(principal: Principal) -> tuple[str, ...]:
+    return f"key:{principal.key_id}", f"user:{principal.user_id}", f"organisation:{principal.organisation_id}"

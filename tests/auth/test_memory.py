@@ -1,0 +1,86 @@
+"""What the auth-service remembers of keys for the time when its database is away."""
+
+import time
+import uuid
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from helixflow.auth.events import RESYNC
+from helixflow.auth.memory import Memory
+from helixflow.auth.principals import Principal
+from helixflow.auth.records import Content
+
+KEY, USER, ORGANISATION = (uuid.UUID(int=number) for number in (1, 2, 3))
+FOUND = Principal(
+    organisation_id=ORGANISATION,
+    organisation="default",
+    user_id=USER,
+    user="ada@example.com",
+    role="member",
+    expires_at=0,
+    content=Content(False, 0, []),
+    key_id=KEY,
+    key="ci",
+)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def memory(**options: Any) -> tuple[Memory, Clock]:
+    clock = Clock()
+    return Memory(3600, clock=clock, **options), clock
+
+
+def test_a_key_is_known_for_the_grace_time_and_its_age_is_told() -> None:
+    made, clock = memory()
+    made.keep(b"a", FOUND, made.generation)
+    assert made.find(b"a") == (FOUND, 0.0)
+    assert made.find(b"b") is None
+    clock.now += 3600
+    assert made.find(b"a") == (FOUND, 3600.0)
+    clock.now += 1
+    assert made.find(b"a") is None
+    made.keep(b"a", FOUND, made.generation)
+    assert made.find(b"a") == (FOUND, 0.0), "the database has confirmed it"
+
+
+def test_an_expired_key_is_not_known() -> None:
+    made, _ = memory()
+    made.keep(b"a", replace(FOUND, expires_at=int(time.time()) - 1), made.generation)
+    assert made.find(b"a") is None
+
+
+@pytest.mark.parametrize("event", [f"key:{KEY}", f"user:{USER}", f"organisation:{ORGANISATION}", RESYNC])
+def test_a_change_is_forgotten_at_once(event: str) -> None:
+    made, _ = memory()
+    made.keep(b"a", FOUND, made.generation)
+    key, user, organisation = (uuid.UUID(int=number) for number in (7, 8, 9))
+    other = replace(FOUND, key_id=key, user_id=user, organisation_id=organisation)
+    made.keep(b"b", other, made.generation)
+    made.hear(event)
+    assert made.find(b"a") is None
+    assert (made.find(b"b") is None) == (event == RESYNC)
+
+
+def test_what_was_read_before_a_change_is_not_kept_after_it() -> None:
+    made, _ = memory()
+    before = made.generation
+    made.hear(f"key:{KEY}")
+    made.keep(b"a", FOUND, before)
+    assert made.find(b"a") is None
+
+
+def test_memory_is_bounded() -> None:
+    made, _ = memory(size=3)
+    for number in range(5):
+        made.keep(bytes([number]), FOUND, made.generation)
+    assert [number for number in range(5) if made.find(bytes([number]))] == [2, 3, 4]
+    made.hear(f"key:{KEY}")
+    assert not any(made.find(bytes([number])) for number in range(5))
