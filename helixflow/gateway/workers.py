@@ -16,6 +16,7 @@ from helixflow.config import Config
 from helixflow.errors import EX_SOFTWARE
 from helixflow.gateway import worker
 from helixflow.gateway.certificates import GatewayFiles
+from helixflow.gateway.services import DRAIN_S
 from helixflow.pki.errors import PkiError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -23,8 +24,8 @@ WATCH_S = 1.0
 """The certificate files are looked at this often (seconds); a change counts once it stood still that long."""
 START_S = 30.0
 """A worker must accept connections within this time (seconds)."""
-KILL_S = worker.CUT_S + 3.0
-"""A worker that was told to cut everything must have ended within this time (seconds)."""
+KILL_S = worker.CUT_S + DRAIN_S + 3.0
+"""A worker that was told to cut everything must have ended within this time (seconds), its spool handed over or not."""
 BACKOFF_S = (0.2, 10.0)
 """Shortest and longest pause before a worker that died is replaced (seconds)."""
 STABLE_S = 30.0
