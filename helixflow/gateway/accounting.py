@@ -56,7 +56,10 @@ class Accountant(Protocol):
     """Admits requests."""
 
     async def admit(self, request: Request, model: str, prompt: int = 0, completion: int = 0) -> Admission:
-        """`prompt`, `completion`: tokens to reserve. Raises RateLimitExceeded, InsufficientQuota or LedgerFull."""
+        """`prompt`, `completion`: tokens to reserve; `completion` negative: so many choices without a maximum.
+
+        Raises RateLimitExceeded, InsufficientQuota or LedgerFull.
+        """
 
 
 class Unmetered:
@@ -96,19 +99,19 @@ class Metered:
     async def admit(self, request: Request, model: str, prompt: int = 0, completion: int = 0) -> Admission:
         """Reserves, then begins the ledger's row: from here on it is written whatever happens.
 
-        `completion` negative: so many choices without a maximum. Raises RateLimitExceeded, InsufficientQuota or
-        LedgerFull.
+        See `Accountant.admit`.
         """
-        if completion < 0:
-            completion = -completion * self._default_completion
         principal: Principal = request.caller
+        choices = max(0, -completion)
+        if choices:
+            completion = self.unbounded(principal, prompt, choices)
         price = self._prices.of(model)
         cost = prompt * price[0] + completion * price[2] if price else 0
         reservation = self._limiter.try_reserve(principal.limits, prompt + completion, cost)
         try:
             if reservation is None:
                 reservation = await self._limiter.reserve(principal.limits, prompt + completion, cost)
-            admitted = Admitted(self, request, model, completion, price, reservation)
+            admitted = Admitted(self, request, model, (completion, choices), price, reservation)
             self.spool.begin(admitted.begin)
         except CoreError as error:
             self.counts["refused"] += 1
@@ -121,12 +124,20 @@ class Metered:
         self.counts["requests"] += 1
         return admitted
 
+    def unbounded(self, principal: Principal, prompt: int, choices: int) -> int:
+        """Tokens to reserve for choices without a maximum: no more than the limits could ever let in."""
+        wanted = choices * self._default_completion
+        if principal.token_ceiling is None:
+            return wanted
+        return max(choices, min(wanted, principal.token_ceiling - prompt))
+
 
 class Admitted:
     """One request between its admission and its end."""
 
     __slots__ = (
         "_captured",
+        "_choices",
         "_completion",
         "_ended",
         "_metered",
@@ -142,20 +153,21 @@ class Admitted:
         metered: Metered,
         request: Request,
         model: str,
-        completion: int,
+        completion: tuple[int, int],
         price: tuple[int, int, int] | None,
         reservation: Reservation,
     ) -> None:
+        """`completion`: tokens reserved, and the choices that they stand for when those have no maximum."""
         at_us = time.time_ns() // 1000
         organisation, user, key = request.caller.ids
         self._metered = metered
         self._request = request
-        self._completion = completion
+        self._completion, self._choices = completion
         self._price = price
         self._reservation = reservation
         self._captured: Capture | None = None
         self._ended = False
-        self.exact = bool(completion) and reservation.counts_tokens
+        self.exact = bool(self._completion) and reservation.counts_tokens
         self.begin = Begin(
             id=new_id(at_us),
             at_us=at_us,
@@ -171,6 +183,9 @@ class Admitted:
 
     async def prompt(self, tokens: int) -> None:
         """Reserves for the prompt as it is instead of as it was guessed."""
+        if self._choices:
+            wanted = self._metered.unbounded(self._request.caller, tokens, self._choices)
+            self._completion = min(self._completion, wanted)
         price = self._price
         cost = tokens * price[0] + self._completion * price[2] if price else 0
         await self._reservation.adjust(tokens + self._completion, cost)

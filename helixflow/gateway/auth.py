@@ -8,7 +8,7 @@ from uuid import UUID
 from helixflow.config import DEVELOPMENT_KEY
 from helixflow.core_rs import InvalidApiKey, PermissionDenied
 from helixflow.gateway.http import Request
-from helixflow.limits.model import SubjectLimits
+from helixflow.limits.model import TOKENS, SubjectLimits
 from helixflow.refusals import refusal
 
 MAX_CREDENTIAL_BYTES = 8192
@@ -46,6 +46,8 @@ class Principal:
     endpoints: frozenset[str] = frozenset()
     limits: tuple[SubjectLimits, ...] = ()
     content: Content | None = None
+    token_ceiling: int | None = None
+    """The smallest limit of tokens in any window."""
     ids: tuple[bytes | None, bytes | None, bytes | None] = (None, None, None)
     """Organisation, user and key as 16 bytes each, as the ledger writes them."""
 
@@ -53,6 +55,7 @@ class Principal:
     def of(cls, message: Any) -> "Principal":
         """The principal of the message `helixflow.v1.Principal`."""
         content = message.content
+        limits = tuple(SubjectLimits.of(item) for item in message.limits)
         return cls(
             name=message.key or message.user,
             organisation_id=message.organisation_id,
@@ -67,7 +70,10 @@ class Principal:
             expires_at=message.expires_at,
             models=frozenset(message.models),
             endpoints=frozenset(message.endpoints),
-            limits=tuple(SubjectLimits.of(item) for item in message.limits),
+            limits=limits,
+            token_ceiling=min(
+                (limit for item in limits for metric, limit in item.limits if metric in TOKENS), default=None
+            ),
             content=Content(content.retention_days, tuple(content.redact)) if content.store else None,
             ids=(_bytes(message.organisation_id), _bytes(message.user_id), _bytes(message.key_id)),
         )

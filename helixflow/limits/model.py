@@ -34,6 +34,10 @@ class Metric(enum.IntEnum):
         return self >= Metric.TOKENS_PER_DAY
 
 
+TOKENS = frozenset((Metric.TOKENS_PER_MINUTE, Metric.TOKENS_PER_DAY, Metric.TOKENS_PER_MONTH))
+"""What counts tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """The limits of one subject; None: no such limit. Costs are in nano currency units."""

@@ -235,6 +235,19 @@ def test_tokens_per_minute(site: Site) -> None:
         assert RESET.fullmatch(answer.headers["x-ratelimit-reset-tokens"])
 
 
+def test_a_small_limit_lets_in_who_names_no_maximum(site: Site) -> None:
+    """Nobody knows how long the answer will be: what is reserved for it is not more than the limit has."""
+
+    def act() -> tuple[httpx.Response, httpx.Response]:
+        secret = limited(site, tokens_per_minute=60).secret
+        return site.chat(secret, max_tokens=None), site.chat(secret)
+
+    first, second = in_one_minute(act)
+    assert first.status_code == 200
+    assert first.json()["usage"]["total_tokens"] > 60, "it could not be known, and is charged"
+    assert refusal(second) == (429, "rate_limit_exceeded")
+
+
 def test_what_fits_is_let_in_at_once(site: Site) -> None:
     """What a request gives back is there for the next one, however soon that comes."""
     for _ in range(40):
