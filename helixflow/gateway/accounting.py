@@ -40,7 +40,7 @@ class Admission(Protocol):
     """One admitted request."""
 
     exact: bool
-    """The size of the prompt must be told as soon as it is known: a limit counts it."""
+    """The size of the prompt must be told as soon as it is known: a limit that counts it is near."""
 
     async def prompt(self, tokens: int) -> None:
         """The prompt's size, in tokens. Raises RateLimitExceeded or InsufficientQuota: the request must end then."""
@@ -167,7 +167,7 @@ class Admitted:
         self._reservation = reservation
         self._captured: Capture | None = None
         self._ended = False
-        self.exact = bool(self._completion) and reservation.counts_tokens
+        self.exact = bool(self._completion) and reservation.tight
         self.begin = Begin(
             id=new_id(at_us),
             at_us=at_us,

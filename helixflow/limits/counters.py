@@ -104,6 +104,18 @@ class Plan:
         self.tokens = tuple(counter for counter, _ in parts if counter.metric is Metric.TOKENS_PER_MINUTE)
         self.counts_tokens = any(kind in (TOKENS, COST) for _, kind in parts)
 
+    def tight(self, amounts: tuple[int, int, int, int]) -> bool:
+        """Whether a limit of tokens or cost is near for a request that has just taken `amounts`.
+
+        Near is an eighth of the limit, or four times the request: a prompt is guessed at a token for four bytes, and
+        has at most one for each.
+        """
+        return any(
+            counter.left < max(counter.limit >> 3, 4 * amounts[kind])
+            for counter, kind in self.parts
+            if kind in (TOKENS, COST)
+        )
+
 
 class Table:
     """All counters and plans of a gateway. What nobody asks for any more is forgotten, a piece at a time."""

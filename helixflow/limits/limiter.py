@@ -44,8 +44,16 @@ class Reservation:
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether tokens or their cost are limited: `adjust` matters."""
+        """Whether tokens or their cost are limited."""
         return self._plan.counts_tokens
+
+    @property
+    def tight(self) -> bool:
+        """Whether a limit of tokens or cost is so near that `adjust` matters before the request ends.
+
+        Elsewhere `settle` is early enough: what was guessed too low is charged then, and there is room for it.
+        """
+        return self._plan.counts_tokens and self._plan.tight((1, self.tokens, self.cost, 1))
 
     async def adjust(self, tokens: int, cost: int) -> None:
         """Reserves so much instead. Raises RateLimitExceeded or InsufficientQuota, and then changes nothing."""

@@ -189,6 +189,25 @@ def test_adjusting() -> None:
     run(work)
 
 
+def test_a_guess_is_corrected_where_the_limit_is_near() -> None:
+    async def work(world: World) -> None:
+        found = await world.first.reserve(limits(tokens_per_minute=1000), 100, 0)
+        assert not found.tight, "900 are left"
+        more = await world.first.reserve(limits(tokens_per_minute=1000), 150, 0)
+        assert not more.tight, "750 are left, and five such requests"
+        large = await world.first.reserve(limits(tokens_per_minute=1000), 300, 0)
+        assert large.tight, "450 are left, less than four such requests"
+        small = await world.first.reserve(limits(tokens_per_minute=1000), 10, 0)
+        assert not small.tight
+        last = await world.first.reserve(limits(tokens_per_minute=1000), 330, 0)
+        assert last.tight, "110 are left, less than an eighth"
+        assert not (await world.first.reserve(limits(requests_per_minute=1), 100, 0)).tight, "tokens do not count"
+        costly = await world.first.reserve(limits(cost_per_day=1000), 0, 900)
+        assert costly.tight
+
+    run(work)
+
+
 def test_callers_share_one_call_in_their_order() -> None:
     chosen = limits(tokens_per_minute=1000)
 
