@@ -238,6 +238,8 @@ def _on_terminal(environ: dict[str, str]) -> Iterator[tuple[int, int]]:
     """`helixflow serve` as the leader of a terminal's session; closes the terminal at the end."""
     pid, master = pty.fork()
     if pid == 0:
+        # Under nohup the tests are run with SIGHUP ignored, and so would be the end of this terminal.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.execve(sys.executable, [sys.executable, "-m", "helixflow", "serve"], environ)
     try:
         yield pid, master
