@@ -94,7 +94,7 @@ class Metered:
         self.gateway = gateway
         self.counts: Counter[str] = Counter()
         """Since the start: requests, refused, prompt_tokens, cached_tokens, completion_tokens, and one
-        `finish.<reason>` and `error.<code>` each."""
+        `refused.<code>`, `finish.<reason>` and `error.<code>` each."""
 
     async def admit(self, request: Request, model: str, prompt: int = 0, completion: int = 0) -> Admission:
         """Reserves, then begins the ledger's row: from here on it is written whatever happens.
@@ -116,9 +116,11 @@ class Metered:
         except CoreError as error:
             self.counts["refused"] += 1
             self.counts["refused." + error.code] += 1
-            if reservation is not None:
-                reservation.cancel()
             request.extra_headers += self._limiter.headers(principal.limits)
+            _give_back(reservation)
+            raise
+        except BaseException:
+            _give_back(reservation)
             raise
         request.extra_headers += reservation.headers()
         self.counts["requests"] += 1
@@ -130,6 +132,11 @@ class Metered:
         if principal.token_ceiling is None:
             return wanted
         return max(choices, min(wanted, principal.token_ceiling - prompt))
+
+
+def _give_back(reservation: Reservation | None) -> None:
+    if reservation is not None:
+        reservation.cancel()
 
 
 class Admitted:

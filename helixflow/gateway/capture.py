@@ -30,12 +30,25 @@ class Capture:
             self._size += len(data)
 
     def content(self, begin: Begin, body: bytes) -> Content | None:
-        """What the ledger keeps, with the organisation's patterns replaced. `body`: of the request, valid JSON."""
-        document = orjson.loads(body)
-        prompt = document.get("messages", document.get("prompt", document.get("tokens")))
-        asked = prompt if isinstance(prompt, str) else orjson.dumps(prompt).decode()
+        """What the ledger keeps, with the organisation's patterns replaced. `body`: of the request."""
+        asked = prompt_text(body)
         answered = answer_text(b"".join(self._parts))
         return content(begin, asked, answered, self._policy.redact, self._policy.retention_days)
+
+
+def prompt_text(body: bytes) -> str:
+    """What was asked: messages, prompt or tokens of a request; the body itself when it cannot be taken apart.
+
+    Never raises: the end of a request's row must not depend on what the request says.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        document = None  # orjson is stricter than what has checked the body
+    if not isinstance(document, dict):
+        return body.decode("utf-8", "replace")
+    prompt = document.get("messages", document.get("prompt", document.get("tokens")))
+    return prompt if isinstance(prompt, str) else orjson.dumps(prompt).decode()
 
 
 def answer_text(data: bytes) -> str:

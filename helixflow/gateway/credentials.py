@@ -120,7 +120,7 @@ class Credentials:
             except AWAY:
                 logger.debug("no auth-service answers; the memory of a credential counts")
         elif (entry.doubtful or now >= entry.fresh_until) and now >= self._away_until:
-            self._ask_soon(credential, digest, token, ASK_S)
+            self._ask_soon(credential, digest, token)
         # It may have been forgotten while we waited: then it has changed, and its memory does not count any more.
         if self._entries.get(digest) is not entry:
             return None
@@ -136,7 +136,7 @@ class Credentials:
 
     async def _ask(self, credential: bytes, digest: bytes, token: bool, timeout_s: float) -> Principal | None:
         """Callers who ask for the same credential share one question. Raises what `Client.call` raises."""
-        task = self._ask_soon(credential, digest, token, ASK_S)
+        task = self._ask_soon(credential, digest, token)
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(task)
@@ -144,12 +144,10 @@ class Credentials:
             self._gone()
             raise refusal(Unavailable, "the API key cannot be checked now; try again in a moment") from None
 
-    def _ask_soon(
-        self, credential: bytes, digest: bytes, token: bool, timeout_s: float
-    ) -> "asyncio.Task[Principal | None]":
+    def _ask_soon(self, credential: bytes, digest: bytes, token: bool) -> "asyncio.Task[Principal | None]":
         task = self._asking.get(digest)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._question(credential, digest, token, timeout_s))
+            task = asyncio.get_running_loop().create_task(self._question(credential, digest, token))
             self._asking[digest] = task
             task.add_done_callback(lambda done: self._answered(digest, done))
         return task
@@ -159,7 +157,7 @@ class Credentials:
         if not task.cancelled() and (error := task.exception()) and not isinstance(error, CoreError):
             logger.error("a credential could not be checked", exc_info=error)
 
-    async def _question(self, credential: bytes, digest: bytes, token: bool, timeout_s: float) -> Principal | None:
+    async def _question(self, credential: bytes, digest: bytes, token: bool) -> Principal | None:
         generation = self._generation
         request = messages.VerifyRequest()
         if token:
@@ -167,7 +165,7 @@ class Credentials:
         else:
             request.key_digest = presented(credential)
         try:
-            principal = Principal.of(await self._client.call("AuthService/Verify", request, timeout_s=timeout_s))
+            principal = Principal.of(await self._client.call("AuthService/Verify", request, timeout_s=ASK_S))
         except (InvalidApiKey, InvalidToken):
             principal = None
         except AWAY:

@@ -69,6 +69,7 @@ class Connected(Services):
         self._shipper = Shipper(spool, self._append, config.ledger)
         self._metered = Metered(self._limiter, spool, self._prices, config.limits, gateway.bytes)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pricing: asyncio.Task[None] | None = None
         self._shipping = asyncio.create_task(self._shipper.run())
         super().__init__(self._credentials, self._metered)
 
@@ -105,10 +106,11 @@ class Connected(Services):
         await asyncio.gather(self._shipping, return_exceptions=True)
         self._client.close()
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+    def _keep(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
@@ -120,7 +122,9 @@ class Connected(Services):
         await self._client.call("AuthService/AppendUsage", request, timeout_s=30.0)
 
     def _ask_prices(self) -> None:
-        self._keep(self._load_prices())
+        if self._pricing is not None:
+            self._pricing.cancel()  # one that still waits for its answer, or for an auth-service, is out of date
+        self._pricing = self._keep(self._load_prices())
 
     async def _load_prices(self) -> None:
         while True:

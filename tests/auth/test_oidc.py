@@ -321,6 +321,7 @@ def test_claims_that_do(target: Target, pki: Layout) -> None:
             for claims in ({"aud": [CLIENT]}, {"aud": [CLIENT, "other"], "azp": CLIENT}, {"iat": time.time()}):
                 f.provider.claims |= claims
                 await f.enter()
+            assert await f.w.value("SELECT count(*) FROM sessions") == 3
 
     run(test())
 
