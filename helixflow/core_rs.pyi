@@ -396,6 +396,30 @@ class RpcClient:
 
 # --- pool side ----------------------------------------------------------------
 
+def gumbel(seeds: NDArray[np.uint64], positions: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+    """Fills `out` [R, C] with the noise that a pool's sampler adds to the candidates of rank 0 .. C - 1.
+
+    C is at most 65; rank 64 is everything beyond the candidates. `seeds`, `positions` (of the tokens to be drawn): [R].
+    A row depends on its seed and position only. Releases the GIL for many rows. Raises ValueError for shapes that do
+    not fit, negative positions and arrays that are not C-contiguous, TypeError for wrong dtypes.
+    """
+
+def sample(
+    logits: NDArray[np.float32],
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    position: int,
+) -> int:
+    """The token that a pool draws from one row of logits [V], C-contiguous. Minus infinity excludes a token.
+
+    `temperature` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 keep all. `position`: of the token to be drawn.
+    Raises ValueError for values out of range and for rows that allow no choice.
+    """
+
 @final
 class Batch:
     """One engine step, packed. All arrays int32 and C-contiguous.
@@ -410,6 +434,26 @@ class Batch:
     past: NDArray[np.int32]
     counts: NDArray[np.int32]
     wanted: NDArray[np.int32]
+    sampling: Sampling | None
+    """How to choose tokens; None when the engine's capacity has `candidates` 0."""
+
+@final
+class Sampling:
+    """How the wanted rows of a step become tokens: C-contiguous arrays, one entry per row in the order of the batch."""
+
+    inverse_temperature: NDArray[np.float32]
+    """Factor of the logits; 0 is greedy, and `top_p`, `top_k` and `min_p` are neutral then."""
+    top_p: NDArray[np.float32]
+    """Share of the probability that is kept; 1 keeps all."""
+    top_k: NDArray[np.int32]
+    """Number of tokens that are kept; 0 keeps all."""
+    min_p: NDArray[np.float32]
+    """Smallest kept probability as a share of the best token's; 0 keeps all."""
+    seed: NDArray[np.uint64]
+    position: NDArray[np.int64]
+    """Position in its sequence of the token to be drawn."""
+    on_host: NDArray[np.bool_]
+    """Rows whose logits are wanted: penalties, biases, log-probabilities, or `top_k` beyond the candidates."""
 
 @final
 class PoolOptions:
@@ -466,7 +510,8 @@ class Pool:
 
         `engine`: see `helixflow.engine.base.Engine`. An exception of the engine fails the requests of that step with
         EngineFailed and all others with Unavailable, and is raised; so is EngineFailed when `step` returns an array of
-        the wrong shape, type or layout. The pool is not ready then until `run` is called again.
+        the wrong shape, type or layout, or a token for a row that is `on_host`. The pool is not ready then until `run`
+        is called again.
         """
 
     def drain(self) -> None:

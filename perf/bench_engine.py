@@ -58,6 +58,7 @@ class Batch:
     past: NDArray[np.int32]
     counts: NDArray[np.int32]
     wanted: NDArray[np.int32]
+    sampling: None = None
 
 
 def decode_batch(sequences: int, past: int) -> Batch:

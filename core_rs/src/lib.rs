@@ -10,6 +10,7 @@ mod pool;
 mod ready;
 mod rpc;
 mod runtime;
+mod sampling;
 mod tls;
 
 use pyo3::prelude::*;
@@ -22,6 +23,8 @@ fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(logs::init_logging, module)?)?;
     module.add_function(wrap_pyfunction!(client::request::json_within, module)?)?;
     module.add_function(wrap_pyfunction!(append::append, module)?)?;
+    module.add_function(wrap_pyfunction!(sampling::gumbel, module)?)?;
+    module.add_function(wrap_pyfunction!(sampling::sample, module)?)?;
     module.add_class::<tls::TlsFiles>()?;
     module.add_class::<client::request::Prompt>()?;
     module.add_class::<client::request::GenerateRequest>()?;
@@ -36,6 +39,7 @@ fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<rpc::RpcCall>()?;
     module.add_class::<rpc::RpcClient>()?;
     module.add_class::<pool::Batch>()?;
+    module.add_class::<pool::Sampling>()?;
     module.add_class::<pool::PoolOptions>()?;
     module.add_class::<pool::PoolStats>()?;
     module.add_class::<pool::Pool>()?;

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use pyo3::prelude::*;
 use tokio::runtime::Runtime;
 
-pub(crate) use engine::Batch;
+pub(crate) use engine::{Batch, Sampling};
 pub(crate) use options::{PoolOptions, PoolStats};
 
 use crate::errors::to_py;

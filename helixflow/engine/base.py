@@ -39,23 +39,60 @@ class DamagedFileError(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What an engine can hold: `slots` sequences of at most `max_len` positions each, over `vocab_size` tokens."""
+    """What an engine can hold: `slots` sequences of at most `max_len` positions each, over `vocab_size` tokens.
+
+    `candidates` above 0: the engine chooses tokens itself, among that many of the best; batches then say how.
+    """
 
     slots: int
     max_len: int
     vocab_size: int
+    candidates: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The result of a step: exactly one of the two is set; R = sum(batch.wanted) rows in batch order.
+    """The result of a step; R = sum(batch.wanted) rows in batch order.
 
-    `logits`: float32 [R, vocab_size], valid until the next `step` (the buffer is reused).
-    `token_ids`: int32 [R], tokens already chosen by the engine.
+    `logits` alone: float32 [R, vocab_size], valid until the next `step` (the buffer is reused). `token_ids` alone:
+    int32 [R], tokens that the engine has chosen. Both: -1 among `token_ids` stands for the next row of `logits`
+    [number of -1, vocab_size], from which the caller chooses.
     """
 
     logits: Float32 | None = None
     token_ids: Int32 | None = None
+
+
+class Sampling(Protocol):
+    """How the tokens of a step are to be chosen, one entry per wanted row in batch order; all arrays C-contiguous."""
+
+    @property
+    def inverse_temperature(self) -> Float32:
+        """Factor of the logits [R]; 0 is greedy, and `top_p`, `top_k` and `min_p` are neutral then."""
+
+    @property
+    def top_p(self) -> Float32:
+        """Share of the probability that is kept [R]; 1 keeps all."""
+
+    @property
+    def top_k(self) -> Int32:
+        """Number of tokens that are kept [R]; 0 keeps all."""
+
+    @property
+    def min_p(self) -> Float32:
+        """Smallest kept probability as a share of the best token's [R]; 0 keeps all."""
+
+    @property
+    def seed(self) -> NDArray[np.uint64]:
+        """Seed of the noise [R]."""
+
+    @property
+    def position(self) -> NDArray[np.int64]:
+        """Position in its sequence of the token to be drawn [R]."""
+
+    @property
+    def on_host(self) -> NDArray[np.bool_]:
+        """Rows [R] whose logits are wanted: the caller chooses, and a token is refused."""
 
 
 class Batch(Protocol):
@@ -84,6 +121,10 @@ class Batch(Protocol):
     @property
     def wanted(self) -> Int32:
         """Trailing rows of logits wanted of each sequence [B]."""
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How to choose tokens; None when the engine has `candidates` 0."""
 
 
 class Engine(Protocol):

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from helixflow.engine.base import Float32, Precision
 from helixflow.engine.build import build_engine
 from helixflow.engine.onnx_engine import OnnxEngine
+from helixflow.engine.onnx_graph import NUMPY_TYPES
+from helixflow.engine.onnx_memory import HostMemory
 from helixflow.engine.spec import ModelSpec
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
@@ -32,6 +34,7 @@ class Batch:
     past: NDArray[np.int32]
     counts: NDArray[np.int32]
     wanted: NDArray[np.int32]
+    sampling: None = None
 
 
 def batch(*items: tuple[int, int, Sequence[int], int]) -> Batch:
@@ -64,8 +67,16 @@ def open_engine(
     engine = OnnxEngine(
         built.directory, ModelSpec.load(built.directory), precision, slots=slots, max_len=max_len, threads=1
     )
-    engine._cache[:] = 7.0
+    caches(engine)[:] = 7.0
     return engine
+
+
+def caches(engine: OnnxEngine) -> NDArray[Any]:
+    """What an engine on the CPU remembers, [2 * layers, slots, kv_heads, positions, width]; may be written."""
+    memory, cache = engine._memory, engine._cache
+    assert isinstance(memory, HostMemory)
+    shape = (cache.planes, cache.slots, cache.heads, cache.positions, cache.width)
+    return memory.view(cache.address, shape, NUMPY_TYPES[cache.compute])
 
 
 def read_safetensors(path: Path) -> Tensors:

@@ -254,6 +254,50 @@ def _read_until(master: int, end: bytes) -> bytes:
     return shown
 
 
+FAILING = """
+import functools, pathlib, sys
+
+mark = pathlib.Path(__file__).with_name("fails")
+if sys.orig_argv[-1] == "pool" and mark.exists():
+    from helixflow.engine.scripted import ScriptedEngine
+
+    mark.unlink()
+    ScriptedEngine.__init__ = functools.partialmethod(ScriptedEngine.__init__, fail_at_step=150)
+"""
+"""Python runs this when it starts; the engine of the first pool raises in a step then."""
+
+
+def test_a_pool_whose_engine_fails_is_started_again(serve: Start, certs: Path, tmp_path: Path) -> None:
+    """Requests end with an error that invites a retry, the process with status 70, and a new one serves."""
+    patch = tmp_path / "patch"
+    patch.mkdir()
+    (patch / "sitecustomize.py").write_text(FAILING, "utf-8")
+    (patch / "fails").touch()
+    served = serve(PYTHONPATH=str(patch), HELIX_POOL_SCRIPT_STEP_MS="4").until_ready()
+    body = {**CHAT, "max_tokens": 4000}
+    with (
+        httpx.Client(base_url=served.url, verify=context(certs), headers=HEADERS, timeout=20) as client,
+        ThreadPoolExecutor(1) as other,
+        client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream,
+    ):
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: {")
+        silent = other.submit(client.post, "/v1/chat/completions", json=body)
+        *_, error, done = [line for line in lines if line]
+        assert '"code":"engine_failed"' in error
+        assert done == "data: [DONE]"
+        assert silent.result().status_code == 503
+        assert silent.result().json()["error"]["code"] in {"engine_failed", "unavailable"}  # The latter: it came late.
+        until(lambda: client.get("/ready").status_code == 503, "the gateway has no pool")
+        until(lambda: _answers(served, certs), "a new pool serves")
+    told = log(tmp_path)
+    assert "step 150 fails, as the script says" in told
+    [ended] = [line for line in told.splitlines() if "service ended" in line]
+    assert "inference-pool" in ended
+    assert "70" in ended
+    assert "service is back" in told
+
+
 def _answers(served: Served, certs: Path) -> bool:
     try:
         return served.chat(certs) == 200

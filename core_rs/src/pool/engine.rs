@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use helix_pool::{Candidates, Capacity, StepEngine};
 use helix_wire::error::{Code, CoreError};
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMethods};
+use numpy::{Element, PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::intern;
 use pyo3::prelude::*;
 
@@ -18,30 +18,65 @@ pub(crate) struct Batch {
     past: Py<PyArray1<i32>>,
     counts: Py<PyArray1<i32>>,
     wanted: Py<PyArray1<i32>>,
+    sampling: Option<Py<Sampling>>,
 }
 
 impl Batch {
-    fn new(py: Python<'_>, batch: &helix_pool::Batch) -> Self {
-        let array = |values: &[i32]| PyArray1::from_slice(py, values).unbind();
+    fn new(py: Python<'_>, batch: &helix_pool::Batch) -> PyResult<Self> {
+        let sampling = batch.sampling.as_ref();
+        Ok(Self {
+            token_ids: array(py, &batch.token_ids),
+            slots: array(py, &batch.slots),
+            past: array(py, &batch.past),
+            counts: array(py, &batch.counts),
+            wanted: array(py, &batch.wanted),
+            sampling: sampling
+                .map(|sampling| Py::new(py, Sampling::new(py, sampling)))
+                .transpose()?,
+        })
+    }
+}
+
+/// How the wanted rows of a step become tokens.
+#[pyclass(frozen, get_all, module = "helixflow.core_rs")]
+pub(crate) struct Sampling {
+    inverse_temperature: Py<PyArray1<f32>>,
+    top_p: Py<PyArray1<f32>>,
+    top_k: Py<PyArray1<i32>>,
+    min_p: Py<PyArray1<f32>>,
+    seed: Py<PyArray1<u64>>,
+    position: Py<PyArray1<i64>>,
+    on_host: Py<PyArray1<bool>>,
+}
+
+impl Sampling {
+    fn new(py: Python<'_>, sampling: &helix_pool::Sampling) -> Self {
         Self {
-            token_ids: array(&batch.token_ids),
-            slots: array(&batch.slots),
-            past: array(&batch.past),
-            counts: array(&batch.counts),
-            wanted: array(&batch.wanted),
+            inverse_temperature: array(py, &sampling.inverse_temperature),
+            top_p: array(py, &sampling.top_p),
+            top_k: array(py, &sampling.top_k),
+            min_p: array(py, &sampling.min_p),
+            seed: array(py, &sampling.seed),
+            position: array(py, &sampling.position),
+            on_host: array(py, &sampling.on_host),
         }
     }
 }
 
+fn array<T: Element>(py: Python<'_>, values: &[T]) -> Py<PyArray1<T>> {
+    PyArray1::from_slice(py, values).unbind()
+}
+
 pub(crate) struct PyEngine {
     engine: Py<PyAny>,
-    held: Option<Held>,
+    held: Held,
 }
 
 /// The arrays of the latest step, kept alive while the engine loop reads them.
-enum Held {
-    Logits(View<f32>),
-    Tokens(View<i32>),
+#[derive(Default)]
+struct Held {
+    logits: Option<View<f32>>,
+    tokens: Option<View<i32>>,
 }
 
 /// The data of a C-contiguous array, readable without the GIL.
@@ -72,9 +107,19 @@ impl<T> View<T> {
     }
 }
 
+impl View<i32> {
+    /// Rows that the engine has not chosen from.
+    fn open(&self) -> usize {
+        self.as_slice().iter().filter(|token| **token == -1).count()
+    }
+}
+
 impl PyEngine {
     pub(crate) fn new(engine: Py<PyAny>) -> Self {
-        Self { engine, held: None }
+        Self {
+            engine,
+            held: Held::default(),
+        }
     }
 }
 
@@ -88,6 +133,7 @@ impl StepEngine for PyEngine {
                 slots: capacity.getattr(intern!(py, "slots"))?.extract()?,
                 max_len: capacity.getattr(intern!(py, "max_len"))?.extract()?,
                 vocab_size: capacity.getattr(intern!(py, "vocab_size"))?.extract()?,
+                candidates: capacity.getattr(intern!(py, "candidates"))?.extract()?,
             };
             if capacity.slots == 0 || capacity.max_len < 2 || capacity.vocab_size == 0 {
                 return Err(failed(format!(
@@ -110,27 +156,33 @@ impl StepEngine for PyEngine {
     fn step(&mut self, batch: &helix_pool::Batch) -> PyResult<Candidates<'_>> {
         let rows = batch.rows();
         self.held = Python::attach(|py| {
-            // The array of the step before goes first, so that its memory can be used again.
-            self.held = None;
-            let packed = Batch::new(py, batch);
+            // The arrays of the step before go first, so that their memory can be used again.
+            self.held = Held::default();
+            let packed = Batch::new(py, batch)?;
             let result = self
                 .engine
                 .bind(py)
                 .call_method1(intern!(py, "step"), (packed,))?;
             if rows == 0 {
-                return Ok::<_, PyErr>(None);
+                return Ok::<_, PyErr>(Held::default());
             }
             let logits = result.getattr(intern!(py, "logits"))?;
-            if logits.is_none() {
-                let tokens = result.getattr(intern!(py, "token_ids"))?;
-                return Ok(Some(Held::Tokens(tokens_of(&tokens, rows)?)));
-            }
-            Ok(Some(Held::Logits(logits_of(&logits, rows)?)))
+            let tokens = result.getattr(intern!(py, "token_ids"))?;
+            let tokens = (logits.is_none() || !tokens.is_none())
+                .then(|| tokens_of(&tokens, rows))
+                .transpose()?;
+            let open = tokens.as_ref().map_or(rows, View::open);
+            let logits = (!logits.is_none())
+                .then(|| logits_of(&logits, open))
+                .transpose()?;
+            Ok(Held { logits, tokens })
         })?;
-        Ok(match &self.held {
-            None => Candidates::Logits(&[]),
-            Some(Held::Logits(view)) => Candidates::Logits(view.as_slice()),
-            Some(Held::Tokens(view)) => Candidates::Tokens(view.as_slice()),
+        let logits = self.held.logits.as_ref().map(View::as_slice);
+        let tokens = self.held.tokens.as_ref().map(View::as_slice);
+        Ok(match (tokens, logits) {
+            (None, logits) => Candidates::Logits(logits.unwrap_or_default()),
+            (Some(tokens), None) => Candidates::Tokens(tokens),
+            (Some(tokens), Some(logits)) => Candidates::Mixed { tokens, logits },
         })
     }
 }

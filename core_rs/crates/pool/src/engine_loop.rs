@@ -50,7 +50,7 @@ impl<'p> EngineLoop<'p> {
             scheduler: Scheduler::new(limits, Box::new(Fcfs)),
             requests: HashMap::new(),
             sampler: Sampler::new(),
-            batch: Batch::default(),
+            batch: Batch::for_engine(&capacity),
             outcomes: Vec::new(),
             touched: Vec::new(),
             parked: 0,
@@ -216,17 +216,16 @@ impl<'p> EngineLoop<'p> {
         plan: &Plan,
     ) -> Result<(), RunError<E::Error>> {
         self.begin(&plan.started);
-        self.batch.fill(plan);
+        self.fill(plan);
         let copied = plan
             .copies
             .iter()
             .try_for_each(|copy| engine.copy_prefix(copy.src, copy.dst, copy.len));
-        let rows = self.batch.rows();
         let outcome = copied
             .and_then(|()| engine.step(&self.batch))
             .map_err(RunError::Engine);
         let checked = outcome.and_then(|candidates| {
-            candidates.check(rows, self.capacity.vocab_size)?;
+            candidates.check(&self.batch, self.capacity.vocab_size)?;
             Ok(candidates)
         });
         match checked {
@@ -238,6 +237,28 @@ impl<'p> EngineLoop<'p> {
             Err(error) => {
                 self.abort();
                 Err(error)
+            }
+        }
+    }
+
+    fn fill(&mut self, plan: &Plan) {
+        self.batch.fill(plan);
+        let Some(sampling) = &mut self.batch.sampling else {
+            return;
+        };
+        for item in &plan.items {
+            let (number, choice) = split(item.id);
+            let end = item.past + item.len;
+            for position in end - item.wanted + 1..=end {
+                let sequence = self
+                    .requests
+                    .get(&number)
+                    .filter(|_| item.sample && position == end)
+                    .and_then(|request| request.working(choice));
+                match sequence {
+                    Some(sequence) => sequence.ask(sampling, &self.capacity),
+                    None => sampling.push_seen(position, &self.capacity),
+                }
             }
         }
     }
@@ -264,18 +285,16 @@ impl<'p> EngineLoop<'p> {
     }
 
     /// Samples every row, commits, and sends each request what the step gave it.
-    fn take(&mut self, plan: &Plan, all: Candidates<'_>) {
+    fn take(&mut self, plan: &Plan, mut rest: Candidates<'_>) {
         let now = Instant::now();
         let mut failed = Vec::new();
-        let mut first = 0;
+        let vocab = self.capacity.vocab_size;
         self.outcomes.clear();
         for item in &plan.items {
             let rows = Rows {
-                all,
-                first,
-                vocab: self.capacity.vocab_size,
+                own: rest.split_off(item.wanted, vocab),
+                vocab,
             };
-            first += item.wanted;
             let (number, _) = split(item.id);
             let Some(request) = self.requests.get_mut(&number) else {
                 continue;

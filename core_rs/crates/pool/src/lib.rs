@@ -30,6 +30,6 @@ mod running;
 mod sequence;
 mod service;
 
-pub use engine::{Batch, Candidates, Capacity, RunError, StepEngine};
+pub use engine::{Batch, Candidates, Capacity, RunError, Sampling, StepEngine};
 pub use options::Options;
 pub use pool::{Pool, Stats};

@@ -99,6 +99,14 @@ impl Running {
         self.choices[choice] = Choice::Working(Box::new(sequence));
     }
 
+    /// A choice that has a slot.
+    pub(crate) fn working(&self, choice: usize) -> Option<&Sequence> {
+        match self.choices.get(choice) {
+            Some(Choice::Working(sequence)) => Some(sequence),
+            _ => None,
+        }
+    }
+
     /// Takes the rows of one item.
     pub(crate) fn take(
         &mut self,

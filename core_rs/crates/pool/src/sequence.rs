@@ -8,7 +8,7 @@ use helix_sched::Item;
 use helix_text::{Detokenizer, StopMatcher, TextModel};
 use helix_wire::v1::{Delta, TokenLogprob};
 
-use crate::engine::{Candidates, Row};
+use crate::engine::{Candidates, Capacity, Row, Sampling};
 use crate::outbox::Staged;
 use crate::request::{Prompt, Wishes};
 
@@ -24,14 +24,13 @@ pub(crate) struct Tools<'a> {
 /// The rows of one item.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
-    pub(crate) all: Candidates<'a>,
-    pub(crate) first: usize,
+    pub(crate) own: Candidates<'a>,
     pub(crate) vocab: usize,
 }
 
 impl<'a> Rows<'a> {
     fn get(&self, index: usize) -> Row<'a> {
-        self.all.row(self.first + index, self.vocab)
+        self.own.row(index, self.vocab)
     }
 }
 
@@ -104,6 +103,16 @@ impl Sequence {
             held: VecDeque::new(),
             echo,
         }
+    }
+
+    /// Adds the row of the next token to a batch, for an engine that may choose it.
+    pub(crate) fn ask(&self, sampling: &mut Sampling, capacity: &Capacity) {
+        sampling.push(
+            &self.params,
+            self.position,
+            self.logprobs.is_some(),
+            capacity,
+        );
     }
 
     /// Takes the rows of one item: echoes the prompt, samples the next token, or both.

@@ -29,6 +29,6 @@ mod sampler;
 mod scan;
 
 pub use history::History;
-pub use noise::{gumbel, uniform};
+pub use noise::{fill_gumbel, gumbel, uniform};
 pub use params::{ParamError, Params};
 pub use sampler::{CANDIDATES, Logprobs, SampleError, Sampler};

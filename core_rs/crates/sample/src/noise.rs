@@ -3,17 +3,36 @@
 /// Standard Gumbel noise for the candidate of a rank, in about -3.7..=37.5.
 ///
 /// `-ln(-ln u)` of [`uniform`]. `position` is the position in the sequence of the token to be drawn.
-#[allow(clippy::cast_possible_truncation)] // f32 is what samplers on a device add
 pub fn gumbel(seed: u64, position: u64, rank: u32) -> f32 {
-    -(-uniform(seed, position, rank).ln()).ln() as f32
+    noise(number(stream(seed, position), rank))
+}
+
+/// [`gumbel`] of the ranks from 0 on, as many as `out` has entries.
+pub fn fill_gumbel(seed: u64, position: u64, out: &mut [f32]) {
+    let stream = stream(seed, position);
+    for (value, rank) in out.iter_mut().zip(0..) {
+        *value = noise(number(stream, rank));
+    }
 }
 
 /// A number strictly between 0 and 1, from the upper 52 bits of the mixed counter and a half, so that
 /// neither end is reached and every value is exact.
-#[allow(clippy::cast_precision_loss)] // 52 bits and a half fit the 53 of an f64
 pub fn uniform(seed: u64, position: u64, rank: u32) -> f64 {
+    number(stream(seed, position), rank)
+}
+
+#[allow(clippy::cast_possible_truncation)] // f32 is what samplers on a device add
+fn noise(uniform: f64) -> f32 {
+    -(-uniform.ln()).ln() as f32
+}
+
+fn stream(seed: u64, position: u64) -> u64 {
+    mix(seed ^ mix(position.wrapping_add(GOLDEN)))
+}
+
+#[allow(clippy::cast_precision_loss)] // 52 bits and a half fit the 53 of an f64
+fn number(stream: u64, rank: u32) -> f64 {
     const STEP: f64 = 1.0 / (1_u64 << 52) as f64;
-    let stream = mix(seed ^ mix(position.wrapping_add(GOLDEN)));
     let bits = mix(stream.wrapping_add(u64::from(rank).wrapping_add(1).wrapping_mul(GOLDEN)));
     ((bits >> 12) as f64 + 0.5) * STEP
 }
@@ -39,6 +58,9 @@ mod tests {
             drawn, PINNED,
             "changing the noise changes every seeded answer"
         );
+        let mut filled = vec![0.0; 4];
+        fill_gumbel(7, 42, &mut filled);
+        assert_eq!(filled, PINNED);
     }
 
     const PINNED: [f32; 4] = [1.015_024_8, 4.281_480_3, -0.259_452_82, 0.029_631_872];

@@ -143,6 +143,11 @@ impl Params {
         self.presence != 0.0 || self.frequency != 0.0 || self.penalises_repetition()
     }
 
+    /// Whether something may be added to logits before the draw: a bias or a penalty.
+    pub fn changes_logits(&self) -> bool {
+        !self.logit_bias.is_empty() || self.has_penalties()
+    }
+
     /// Whether tokens of the prompt are penalised too.
     #[allow(clippy::float_cmp)] // exactly 1 is the neutral element
     pub(crate) fn penalises_repetition(&self) -> bool {

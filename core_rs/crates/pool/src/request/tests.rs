@@ -8,6 +8,7 @@ const CAPACITY: Capacity = Capacity {
     slots: 1,
     max_len: 16,
     vocab_size: 100,
+    candidates: 0,
 };
 
 fn request() -> v1::GenerateRequest {

@@ -9,6 +9,9 @@ use helix_wire::server::Listener;
 use helix_wire::v1::inference_client::InferenceClient;
 use helix_wire::v1::{FinishReason, GenerateRequest};
 use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::harness::{Alphabet, ask, collect, model, options, refusal, start};
 
@@ -55,6 +58,36 @@ async fn a_failing_engine_ends_every_request_and_the_loop() {
 }
 
 #[tokio::test]
+async fn a_failing_engine_shows_in_the_health_service() {
+    const NAME: &str = "helixflow.v1.Inference";
+    let (engine, open) = Alphabet::new(1, 64).failing_after(1).gated();
+    let mut pool = start(engine, options()).await;
+    let mut health = HealthClient::new(pool.channel.clone());
+    let request = HealthCheckRequest {
+        service: NAME.into(),
+    };
+    let mut statuses = health.watch(request.clone()).await.unwrap().into_inner();
+    let mut until = async |wanted: ServingStatus| {
+        while statuses.message().await.unwrap().unwrap().status() != wanted {}
+    };
+    until(ServingStatus::Serving).await;
+    let running = pool.generate(ask("a", 10)).await.unwrap();
+    drop(open);
+    assert_eq!(
+        collect(running).await.error.unwrap().code,
+        Code::EngineFailed
+    );
+    until(ServingStatus::NotServing).await;
+    let reply = health.check(request).await.unwrap().into_inner();
+    assert_eq!(reply.status(), ServingStatus::NotServing);
+    pool.engine.take().unwrap().join().unwrap().unwrap_err();
+    pool.run(Alphabet::new(1, 64)).await;
+    until(ServingStatus::Serving).await;
+    drop(statuses); // The server would wait for its end.
+    pool.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn nonsense_logits_fail_the_request_and_not_the_engine() {
     let broken = Arc::new(AtomicBool::new(true));
     let mut pool = start(Alphabet::new(2, 64).breaking(&broken), options()).await;
@@ -75,6 +108,7 @@ impl helix_pool::StepEngine for Short {
             slots: 1,
             max_len: 64,
             vocab_size: 300,
+            candidates: 0,
         })
     }
 

@@ -149,6 +149,7 @@ impl StepEngine for Alphabet {
             slots: self.slots,
             max_len: self.max_len,
             vocab_size: VOCAB,
+            candidates: 0,
         })
     }
 
@@ -202,6 +203,7 @@ impl StepEngine for Chosen {
             slots: 4,
             max_len: 64,
             vocab_size: VOCAB,
+            candidates: 0,
         })
     }
 
