@@ -1,5 +1,6 @@
 """The contract of the Rust extension. Checked against the built module by `make lint`."""
 
+from os import PathLike
 from typing import Any, Literal, final
 
 import numpy as np
@@ -418,6 +419,12 @@ def sample(
 
     `temperature` 0 is greedy; `top_p` 1, `top_k` 0 and `min_p` 0 keep all. `position`: of the token to be drawn.
     Raises ValueError for values out of range and for rows that allow no choice.
+    """
+
+def encode(model_dir: str | PathLike[str], texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, special tokens included, by the tokeniser of a checkpoint.
+
+    Raises ModelFileError when the checkpoint has none that can be used, InvalidRequest for a text it cannot encode.
     """
 
 @final

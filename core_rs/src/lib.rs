@@ -11,6 +11,7 @@ mod ready;
 mod rpc;
 mod runtime;
 mod sampling;
+mod text;
 mod tls;
 
 use pyo3::prelude::*;
@@ -25,6 +26,7 @@ fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(append::append, module)?)?;
     module.add_function(wrap_pyfunction!(sampling::gumbel, module)?)?;
     module.add_function(wrap_pyfunction!(sampling::sample, module)?)?;
+    module.add_function(wrap_pyfunction!(text::encode, module)?)?;
     module.add_class::<tls::TlsFiles>()?;
     module.add_class::<client::request::Prompt>()?;
     module.add_class::<client::request::GenerateRequest>()?;
