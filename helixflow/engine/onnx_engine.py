@@ -1,54 +1,90 @@
-"""The CPU engine: ONNX Runtime over the graph of `onnx_graph`, with the KV caches in place.
+"""The onnx engine: ONNX Runtime over the graph of `onnx_graph`, with the KV caches in place, on the CPU or on a GPU.
 
 A step is one call per prefill chunk (batch 1, on the chunk's slot) and a ragged decode call over a run of slots. Slots
 inside a run that do not decode in this step get a dummy token, written behind the positions they hold, so that what
 they remember survives; one spare position per slot takes the dummy of a full one.
+
+On a GPU (provider cuda) graph and calls are the same; weights and caches are in its memory, and only the logits of
+wanted rows come back. What the CPU promises bit for bit - that the logits of a token do not depend on its batch mates,
+nor those of a prompt on how it is cut - a GPU does not: its kernels are chosen by the number of rows.
 """
 
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
-from helixflow.engine.base import Batch, Candidates, Capacity, EngineError, Precision
-from helixflow.engine.memory import available_bytes, cores, lazy_zeros
-from helixflow.engine.onnx_calls import Calls, Item
-from helixflow.engine.onnx_graph import GRAPH_FILE, WEIGHTS_FILE, padded_head
+from helixflow.engine.base import Batch, Candidates, Capacity, EngineError
+from helixflow.engine.items import Item, check_copy, unpack
+from helixflow.engine.kinds import AnyPrecision, Provider
+from helixflow.engine.memory import available_bytes
+from helixflow.engine.onnx_calls import Cache, Calls
+from helixflow.engine.onnx_graph import GRAPH_FILE, WEIGHTS_FILE, compute_type, padded_head
+from helixflow.engine.onnx_memory import CudaMemory, HostMemory, Memory, open_cuda
+from helixflow.engine.onnx_session import RUNTIME_ERRORS, check_cuda, check_type, cpu_session, cuda_session, failure
 from helixflow.engine.plan import Costs, plan_runs
 from helixflow.engine.rope import tables
 from helixflow.engine.spec import ModelSpec
 
-# A decode call costs as much as this many more rows in a call that is made anyway. From the time of a step at 1 to 32
-# sequences (80 M-parameter Llama, 2 cores): the part that does not grow with them over the part that does.
-ROWS_PER_CALL: dict[Precision, float] = {"fp32": 10.0, "int8": 3.0, "int4": 1.5}
+# A decode call costs as much as this many more rows in a call that is made anyway. On the CPU, from the time of a step
+# at 1 to 32 sequences (80 M-parameter Llama, 2 cores): the part that does not grow with them over the part that does.
+# On a GPU, from data sheets: rows are free until their products take longer than reading the weights, which at 75
+# (GeForce) to 400 (L4) operations per byte is about 100 rows of 16-bit weights, and fewer where there are fewer bytes.
+ROWS_PER_CALL: dict[Provider, dict[AnyPrecision, float]] = {
+    "cpu": {"fp32": 10.0, "fp16": 10.0, "int8": 3.0, "int4": 1.5},
+    "cuda": {"fp16": 100.0, "bf16": 100.0, "int8": 50.0, "int4": 25.0},
+}
+BF16_SM = 80
 
 
 class OnnxEngine:
-    """See `base.Engine`. Weights are shared with the page cache where ONNX Runtime does not repack them."""
+    """See `base.Engine`. On the CPU, weights are shared with the page cache where ONNX Runtime does not repack them."""
 
     def __init__(
-        self, directory: Path, spec: ModelSpec, precision: Precision, *, slots: int, max_len: int, threads: int = 0
+        self,
+        directory: Path,
+        spec: ModelSpec,
+        precision: AnyPrecision,
+        *,
+        slots: int,
+        max_len: int,
+        threads: int = 0,
+        provider: Provider = "cpu",
+        device: int = 0,
     ) -> None:
-        """`threads` 0: one per core of this process. Raises EngineError."""
+        """`directory`: built with `precision` for `provider`. `threads` (cpu) 0: one per core of this process. `device`
+        (cuda): number of the GPU. Raises EngineError."""
         _check_limits(spec, slots, max_len)
         self._capacity = Capacity(slots, max_len, spec.vocab_size)
-        width, positions = padded_head(spec.head_dim), max_len + 1
-        shape = (2 * spec.layers, slots, spec.kv_heads, positions, width)
+        self._provider: Provider = provider
+        width, compute = padded_head(spec.head_dim), compute_type(precision, provider)
+        cache = Cache(0, 2 * spec.layers, slots, spec.kv_heads, max_len + 1, width, compute)
         weights = (directory / WEIGHTS_FILE).stat().st_size
-        _check_memory(math.prod(shape) * 4, weights, slots, max_len)
-        self._cache = lazy_zeros(shape)
-        self._lengths = [0] * slots
-        # Slots whose last step gave logits: see `_decodes`.
-        self._answered = [False] * slots
-        position_bytes = math.prod(shape) * 4 // (slots * positions)
-        self._costs = Costs(ROWS_PER_CALL[precision], position_bytes / weights)
-        cos, sin = tables(spec.rope, spec.head_dim, max_len, positions)
-        extra = ((0, 0), (0, (width - spec.head_dim) // 2))
-        rotary = (np.pad(cos, extra), np.pad(sin, extra))
-        self.session = new_session(directory / GRAPH_FILE, threads)
-        self._calls: Calls | None = Calls(self.session, self._cache, rotary, spec.vocab_size)
+        position_bytes = cache.planes * cache.heads * cache.row_bytes
+        self._costs = Costs(ROWS_PER_CALL[provider][precision], position_bytes / weights)
+        self.session: Any = None
+        self._calls: Calls | None = None
+        self._memory = _open_memory(provider, device, precision)
+        try:
+            _check_memory(self._memory, cache, weights)
+            self._lengths = [0] * slots
+            # Slots whose last step gave logits: see `_decodes`.
+            self._answered = [False] * slots
+            self._cache = replace(cache, address=self._memory.zeros(cache.nbytes))
+            graph = directory / GRAPH_FILE
+            if isinstance(self._memory, CudaMemory):
+                self.session = cuda_session(graph, self._memory)
+            else:
+                self.session = cpu_session(graph, threads)
+            check_type(graph, self.session, compute)
+            cos, sin = tables(spec.rope, spec.head_dim, max_len, cache.positions)
+            extra = ((0, 0), (0, (width - spec.head_dim) // 2))
+            rotary = (np.pad(cos, extra), np.pad(sin, extra))
+            self._calls = Calls(self.session, self._memory, self._cache, rotary, spec.vocab_size)
+        except EngineError:
+            self.close()
+            raise
 
     def capacity(self) -> Capacity:
         """See `base.Engine`."""
@@ -57,7 +93,7 @@ class OnnxEngine:
     def step(self, batch: Batch) -> Candidates:
         """See `base.Engine`. A step that raises leaves the slots it named with unspecified content behind `past`."""
         calls = self._open()
-        items = self._items(batch)
+        items = unpack(batch, self._capacity, self._lengths)
         rows = items[-1].offset + items[-1].wanted if items else 0
         calls.make_room(rows)
         chunks: list[Item] = []
@@ -71,8 +107,9 @@ class OnnxEngine:
                     calls.decode(decoding[run.first : run.last], run, self._lengths)
             for item in chunks:
                 calls.prefill(item)
-        except (ort.OrtException, RuntimeError) as error:
-            raise EngineError(f"the engine failed: {error}") from error
+            self._memory.finish()
+        except RUNTIME_ERRORS as error:
+            raise failure(f"the engine failed: {error}", self._provider) from error
         for item in items:
             self._lengths[item.slot] = item.past + len(item.tokens)
             self._answered[item.slot] = item.wanted > 0
@@ -81,13 +118,13 @@ class OnnxEngine:
     def copy_prefix(self, src: int, dst: int, length: int) -> None:
         """See `base.Engine`."""
         self._open()
-        slots, held = self._capacity.slots, self._lengths
-        if not (0 <= src < slots and 0 <= dst < slots):
-            raise EngineError(f"cannot copy slot {src} to {dst}: there are {slots} slots")
-        if not 0 <= length <= held[src]:
-            raise EngineError(f"cannot copy {length} positions of slot {src}: it holds {held[src]}")
-        if src != dst:
-            self._cache[:, dst, :, :length] = self._cache[:, src, :, :length]
+        held = self._lengths
+        check_copy(src, dst, length, self._capacity, held)
+        if src != dst and length:
+            cache = self._cache
+            pitch, taken = cache.positions * cache.row_bytes, length * cache.row_bytes
+            for plane in range(cache.planes):
+                self._memory.copy_rows(cache.at(plane, dst), cache.at(plane, src), pitch, taken, cache.heads)
         held[dst] = length
         self._answered[dst] = False
 
@@ -95,7 +132,7 @@ class OnnxEngine:
         """See `base.Engine`."""
         self._calls = None
         self.session = None
-        self._cache = np.zeros((0,), np.float32)
+        self._memory.close()
 
     def _open(self) -> Calls:
         if self._calls is None:
@@ -111,36 +148,6 @@ class OnnxEngine:
         """
         return len(item.tokens) == 1 and self._answered[item.slot] and item.past == self._lengths[item.slot]
 
-    def _items(self, batch: Batch) -> list[Item]:
-        """Takes the batch apart, and refuses what would reach outside its slots: to the runtime they are raw memory.
-
-        Plain lists, because after a step has streamed all weights through the caches, every numpy call costs 5 us.
-        """
-        limit, tokens = self._capacity, batch.token_ids.tolist()
-        slots, pasts, counts, wanted = (a.tolist() for a in (batch.slots, batch.past, batch.counts, batch.wanted))
-        if sum(counts) != len(tokens) or len({len(slots), len(pasts), len(counts), len(wanted)}) != 1:
-            raise EngineError("the arrays of the batch do not match")
-        if len(set(slots)) != len(slots):
-            raise EngineError(f"a slot appears twice among {slots}")
-        if tokens and not 0 <= min(tokens) <= max(tokens) < limit.vocab_size:
-            raise EngineError(f"a token id is outside the vocabulary of {limit.vocab_size}")
-        items = []
-        start = offset = 0
-        for slot, past, count, rows in zip(slots, pasts, counts, wanted, strict=True):
-            if not 0 <= slot < limit.slots:
-                raise EngineError(f"slot {slot} is none of the {limit.slots}")
-            if count < 1 or not 0 <= rows <= count:
-                raise EngineError(f"slot {slot}: {rows} rows of {count} tokens cannot be had")
-            if not 0 <= past <= self._lengths[slot] or past + count > limit.max_len:
-                held = self._lengths[slot]
-                raise EngineError(
-                    f"slot {slot}: {count} tokens at {past}; it holds {held} of {limit.max_len} positions"
-                )
-            items.append(Item(slot, past, tokens[start : start + count], rows, offset))
-            start += count
-            offset += rows
-        return items
-
 
 def _check_limits(spec: ModelSpec, slots: int, max_len: int) -> None:
     if slots < 1 or max_len < 1:
@@ -149,26 +156,24 @@ def _check_limits(spec: ModelSpec, slots: int, max_len: int) -> None:
         raise EngineError(f"max-len {max_len} is more than the {spec.longest} positions this model was made for")
 
 
-def _check_memory(caches: int, weights: int, slots: int, max_len: int) -> None:
-    free = available_bytes()
+def _open_memory(provider: Provider, device: int, precision: AnyPrecision) -> Memory:
+    if provider == "cpu":
+        return HostMemory()
+    check_cuda()
+    memory = open_cuda(device)
+    info = memory.info()
+    if precision == "bf16" and info.sm < BF16_SM:
+        memory.close()
+        raise EngineError(f"device {device} ({info.name}) is older than Ampere and cannot compute in bf16: choose fp16")
+    return memory
+
+
+def _check_memory(memory: Memory, cache: Cache, weights: int) -> None:
+    free = memory.available_bytes() if isinstance(memory, CudaMemory) else available_bytes()
+    caches = cache.nbytes
     if caches + weights > free:
         raise EngineError(
-            f"{slots} slots of {max_len} positions need {caches / 2**30:.1f} GiB beside {weights / 2**30:.1f} GiB of "
-            f"weights, {free / 2**30:.1f} GiB are available: choose fewer slots, a smaller max-len or a lower precision"
+            f"{cache.slots} slots of {cache.positions - 1} positions need {caches / 2**30:.1f} GiB beside "
+            f"{weights / 2**30:.1f} GiB of weights, {free / 2**30:.1f} GiB are available: choose fewer slots, "
+            "a smaller max-len or a lower precision"
         )
-
-
-def new_session(graph: Path, threads: int) -> Any:
-    """An ONNX Runtime session over a built graph; `threads` 0: one per core. Raises EngineError."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or cores()
-    options.inter_op_num_threads = 1
-    # Memory patterns are kept per input shape; chunk lengths vary without end.
-    options.enable_mem_pattern = False
-    # Spinning threads would take the cores from the gateway between two steps.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    try:
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except (ort.OrtException, RuntimeError) as error:
-        raise EngineError(f"{graph}: ONNX Runtime cannot load the graph: {error}") from error

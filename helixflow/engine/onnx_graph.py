@@ -1,24 +1,29 @@
 """Builds the ONNX graph of a decoder. Weights go to one file beside it, written as they are met.
 
 Graph inputs: `ids` int32 [B, T]; `seqlens` int32 [B] (tokens before this step + T - 1, per row); `total` int32 [] (the
-largest of them + 1); `rows` int32 [R] (rows of the flattened [B * T] whose logits are wanted); `cos`, `sin` float32
-[P, D / 2]; `past_k_i`, `past_v_i` float32 [B, kv_heads, P, D] per layer. Outputs: `logits` float32 [R, vocab];
-`present_k_i`, `present_v_i`, to be bound to the memory of their `past`, which makes the update happen in place. B, T, R
-and P (positions of a slot) are free; D is head_dim rounded up to 16 (what GroupQueryAttention takes with rotary).
+largest of them + 1); `rows` int32 [R] (rows of the flattened [B * T] whose logits are wanted); `cos`, `sin` [P, D / 2];
+`past_k_i`, `past_v_i` [B, kv_heads, P, D] per layer. Outputs: `logits` float32 [R, vocab]; `present_k_i`,
+`present_v_i`, to be bound to the memory of their `past`, which makes the update happen in place. B, T, R and P
+(positions of a slot) are free; D is head_dim rounded up to 16 (what GroupQueryAttention takes with rotary).
+
+Activations, caches and rotary tables have one type, see `compute_type`. Every node has a CUDA kernel of each 16-bit
+type, so that nothing of a graph for the GPU runs on the CPU: `tests/engine/test_onnx_cuda.py` holds the table.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from helixflow.engine.base import Float32, Precision
+from helixflow.engine.base import EngineError, Float32
 from helixflow.engine.decoder import write_decoder
+from helixflow.engine.kinds import AnyPrecision, Provider
 from helixflow.engine.quantize import BLOCK, quantize
 from helixflow.engine.spec import ModelSpec
 
@@ -31,10 +36,40 @@ ALIGNMENT = 4096
 HEAD_ALIGNMENT = 16
 # int8 activations, quantised per row and block: the fast kernels, and rows stay independent of each other.
 ACCURACY_LEVEL = 4
-LINEAR_BITS: dict[Precision, int | None] = {"fp32": None, "int8": 8, "int4": 4}
+LINEAR_BITS: Mapping[AnyPrecision, int | None] = {"fp32": None, "fp16": None, "bf16": None, "int8": 8, "int4": 4}
 # The vocabulary product keeps 8 bits in int4 engines. Measured on the demo model, divergence (KL) of the next token
 # from fp32: 0.082 with 8 bits, as with an fp32 head; 0.088 with 4 bits. An int8 engine: 0.0009.
-HEAD_BITS: dict[Precision, int | None] = {"fp32": None, "int8": 8, "int4": 8}
+HEAD_BITS: Mapping[AnyPrecision, int | None] = {**LINEAR_BITS, "int4": 8}
+
+Compute = Literal["fp32", "fp16", "bf16"]
+NUMPY_TYPES: Mapping[Compute, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+ONNX_TYPES: Mapping[Compute, int] = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+}
+# On CUDA, GroupQueryAttention has no fp32 kernel. Quantised engines compute in fp16: its steps are finer than bf16's.
+COMPUTE_TYPES: Mapping[Provider, Mapping[AnyPrecision, Compute]] = {
+    "cpu": {"fp32": "fp32", "fp16": "fp16", "int8": "fp32", "int4": "fp32"},
+    "cuda": {"fp16": "fp16", "bf16": "bf16", "int8": "fp16", "int4": "fp16"},
+}
+
+
+def compute_type(precision: AnyPrecision, provider: Provider = "cpu") -> Compute:
+    """Type of activations and caches of an engine. fp16 on the CPU is right but slow: the proof of the graph for CUDA.
+
+    Raises EngineError when the provider lacks kernels for the precision.
+    """
+    known = COMPUTE_TYPES[provider]
+    if precision not in known:
+        raise EngineError(
+            f"precision {precision} cannot be computed by ONNX Runtime on {provider}: choose one of {', '.join(known)}"
+        )
+    return known[precision]
 
 
 def padded_head(head_dim: int) -> int:
@@ -66,8 +101,17 @@ class WeightFile:
 class OnnxBuilder:
     """The `Builder` (see `decoder`) whose handles are names of ONNX values."""
 
-    def __init__(self, spec: ModelSpec, precision: Precision, read: Callable[[str], Float32], file: WeightFile) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        precision: AnyPrecision,
+        compute: Compute,
+        read: Callable[[str], Float32],
+        file: WeightFile,
+    ) -> None:
         self.spec = spec
+        self.compute = compute
+        self.dtype = NUMPY_TYPES[compute]
         self.read = read
         self.file = file
         self.bits = LINEAR_BITS[precision]
@@ -77,10 +121,10 @@ class OnnxBuilder:
         self.width = padded_head(spec.head_dim)
 
     def embed(self, weight: str) -> str:  # noqa: D102 - documented by the protocol
-        return self._node("Gather", [self._tensor(weight, self.read(weight)), "ids"])
+        return self._node("Gather", [self._weight(weight), "ids"])
 
     def rms_norm(self, x: str, weight: str, eps: float, groups: int = 1) -> str:  # noqa: D102
-        scale = self._tensor(weight, self.read(weight))
+        scale = self._weight(weight)
         if groups == 1:
             return self._node("RMSNormalization", [x, scale], epsilon=eps)
         parts = self._reshape(x, 0, 0, groups, self.spec.head_dim)
@@ -91,7 +135,7 @@ class OnnxBuilder:
         out = self._product(x, name + ".weight", self.bits)
         if not bias:
             return out
-        return self._node("Add", [out, self._tensor(name + ".bias", self.read(name + ".bias"))])
+        return self._node("Add", [out, self._weight(name + ".bias")])
 
     def attention(self, layer: int, q: str, k: str, v: str, window: int | None) -> str:  # noqa: D102
         spec = self.spec
@@ -131,30 +175,33 @@ class OnnxBuilder:
         return self._node("Gather", [self._node("Flatten", [x], axis=2), "rows"])
 
     def lm_head(self, x: str, weight: str) -> None:  # noqa: D102
+        output = "logits" if self.compute == "fp32" else "logits_as_computed"
         if self.head_bits is not None:
-            self._product(x, weight, self.head_bits, output="logits")
-            return
-        # Gemm takes the matrix as it is on disk, so a tied embedding is stored once.
-        self._node("Gemm", [x, self._tensor(weight, self.read(weight))], output="logits", transB=1)
+            self._product(x, weight, self.head_bits, output)
+        else:
+            # Gemm takes the matrix as it is on disk, so a tied embedding is stored once.
+            self._node("Gemm", [x, self._weight(weight)], output, transB=1)
+        if output != "logits":
+            self._node("Cast", [output], "logits", to=TensorProto.FLOAT)
 
     def model(self) -> onnx.ModelProto:
         """The graph; call after `write_decoder`."""
         spec = self.spec
         cache: list[str | int | None] = ["B", spec.kv_heads, "P", self.width]
         caches = [f"{kind}_{layer}" for layer in range(spec.layers) for kind in ("k", "v")]
-        value = helper.make_tensor_value_info
+        value, element = helper.make_tensor_value_info, ONNX_TYPES[self.compute]
         inputs = [
             value("ids", TensorProto.INT32, ["B", "T"]),
             value("seqlens", TensorProto.INT32, ["B"]),
             value("total", TensorProto.INT32, []),
             value("rows", TensorProto.INT32, ["R"]),
-            value("cos", TensorProto.FLOAT, ["P", self.width // 2]),
-            value("sin", TensorProto.FLOAT, ["P", self.width // 2]),
-            *(value(f"past_{name}", TensorProto.FLOAT, cache) for name in caches),
+            value("cos", element, ["P", self.width // 2]),
+            value("sin", element, ["P", self.width // 2]),
+            *(value(f"past_{name}", element, cache) for name in caches),
         ]
         outputs = [
             value("logits", TensorProto.FLOAT, ["R", spec.vocab_size]),
-            *(value(f"present_{name}", TensorProto.FLOAT, cache) for name in caches),
+            *(value(f"present_{name}", element, cache) for name in caches),
         ]
         graph = helper.make_graph(self.nodes, spec.family, inputs, outputs, list(self.initializers.values()))
         domains = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
@@ -163,9 +210,10 @@ class OnnxBuilder:
     def _product(self, x: str, weight: str, bits: int | None, output: str = "") -> str:
         matrix = self.read(weight)
         if bits is None:
-            return self._node("MatMul", [x, self._tensor(weight + ".T", matrix.T)], output)
-        packed, scales = quantize(matrix, bits)
-        sources = [self._tensor(f"{weight}.q{bits}", packed), self._tensor(f"{weight}.scale", scales.reshape(-1))]
+            return self._node("MatMul", [x, self._tensor(weight + ".T", self._typed(weight, matrix).T)], output)
+        packed, scales = quantize(matrix, bits, self.dtype)
+        scales = self._typed(weight, scales).reshape(-1)
+        sources = [self._tensor(f"{weight}.q{bits}", packed), self._tensor(f"{weight}.scale", scales)]
         return self._node(
             "MatMulNBits",
             [x, *sources],
@@ -185,7 +233,12 @@ class OnnxBuilder:
     def _pad(self, x: str, heads: int, parts: int) -> str:
         split = self._reshape(x, 0, 0, heads * parts, self.spec.head_dim // parts)
         extra = (self.width - self.spec.head_dim) // parts
+        # CUDA has no Pad of bfloat16; fp32 holds its values as they are.
+        if self.compute == "bf16":
+            split = self._node("Cast", [split], to=TensorProto.FLOAT)
         padded = self._node("Pad", [split, self._integers(0, 0, 0, 0, 0, 0, 0, extra)])
+        if self.compute == "bf16":
+            padded = self._node("Cast", [padded], to=TensorProto.BFLOAT16)
         return self._reshape(padded, 0, 0, heads * self.width)
 
     def _reshape(self, x: str, *shape: int) -> str:
@@ -196,6 +249,18 @@ class OnnxBuilder:
         if name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(np.array(values, np.int64), name)
         return name
+
+    def _weight(self, name: str) -> str:
+        """A tensor of the checkpoint, as it is there but for its type."""
+        return self._tensor(name, self._typed(name, self.read(name)))
+
+    def _typed(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """Weights in the type of the activations."""
+        with np.errstate(over="ignore"):
+            typed = array.astype(self.dtype, copy=False)
+        if self.compute == "fp16" and not np.isfinite(typed).all():
+            raise EngineError(f"{name} holds values that fp16 cannot: choose bf16, or build for the CPU")
+        return typed
 
     def _tensor(self, name: str, array: NDArray[Any]) -> str:
         if name in self.initializers:
@@ -218,15 +283,21 @@ class OnnxBuilder:
 
 
 def write_onnx(
-    spec: ModelSpec, precision: Precision, read: Callable[[str], Float32], directory: Path
+    spec: ModelSpec,
+    precision: AnyPrecision,
+    read: Callable[[str], Float32],
+    directory: Path,
+    provider: Provider = "cpu",
 ) -> dict[str, str]:
     """Writes graph and weights into `directory`. `read(name)`: a tensor of the checkpoint, float32, shape as on disk.
 
-    Returns the SHA-256 of each file, in hexadecimal. Raises OSError, and whatever `read` raises.
+    Returns the SHA-256 of each file, in hexadecimal. Raises OSError, EngineError for a precision that the provider
+    lacks or weights that it cannot hold, and whatever `read` raises.
     """
+    compute = compute_type(precision, provider)
     with (directory / WEIGHTS_FILE).open("wb") as file:
         weights = WeightFile(file)
-        builder = OnnxBuilder(spec, precision, read, weights)
+        builder = OnnxBuilder(spec, precision, compute, read, weights)
         write_decoder(spec, builder)
     graph = builder.model().SerializeToString(deterministic=True)
     (directory / GRAPH_FILE).write_bytes(graph)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helixflow.engine.onnx_engine import OnnxEngine
-from tests.engine.support import GOLDEN, GOLDEN_NAMES, open_engine
+from tests.engine.support import GOLDEN, GOLDEN_NAMES, caches, open_engine
 
 
 @pytest.fixture(scope="session")
@@ -34,5 +34,5 @@ def garbage(request: pytest.FixtureRequest) -> None:
     """Every test finds the caches of a shared engine full of garbage."""
     if "golden" in request.fixturenames:
         engine = request.getfixturevalue("golden").engine
-        engine._cache[:] = 7.0
+        caches(engine)[:] = 7.0
         engine._lengths[:] = [0] * len(engine._lengths)

@@ -28,7 +28,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> OnnxEngine:
 
 
 def packed(*columns: list[int]) -> Batch:
-    return Batch(*(np.array(column, np.int32) for column in columns))
+    token_ids, slots, past, counts, wanted = (np.array(column, np.int32) for column in columns)
+    return Batch(token_ids, slots, past, counts, wanted)
 
 
 @pytest.mark.parametrize(

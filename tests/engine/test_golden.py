@@ -8,7 +8,7 @@ import pytest
 from helixflow.engine.base import Float32, Precision
 from helixflow.engine.plan import Costs
 from tests.engine.conftest import Golden
-from tests.engine.support import open_engine, step
+from tests.engine.support import caches, open_engine, step
 
 TOLERANCE = 1e-4  # 1e-3 is asked for; 1e-5 is what the engine does
 
@@ -102,9 +102,9 @@ def test_a_full_idle_slot_keeps_its_last_position(golden: Golden) -> None:
     ids = golden.cases[-1]["input_ids"][:12]
     engine = open_engine(golden.directory, golden.root, slots=3, max_len=12)
     step(engine, *((slot, 0, ids if slot == 1 else ids[:3], 1) for slot in range(3)))
-    before = engine._cache[:, 1, :, :12].copy()
+    before = caches(engine)[:, 1, :, :12].copy()
     rows = step(engine, (0, 3, ids[3:4], 1), (2, 3, ids[3:4], 1))
-    assert np.array_equal(before, engine._cache[:, 1, :, :12])
+    assert np.array_equal(before, caches(engine)[:, 1, :, :12])
     assert np.abs(rows - golden.logits[-1][3]).max() <= TOLERANCE
     engine.close()
 
