@@ -11,6 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helixflow.engine.kinds import (
+    ATTENTION_CHOICES,
+    BACKENDS,
+    DEFAULT_CHUNK_TOKENS,
+    PRECISION_CHOICES,
+    PROVIDERS,
+    TENSORRT_MAX_LEN,
+    precisions,
+)
 from helixflow.errors import ConfigError, HelixError
 from helixflow.options import Address, Reader, between, one_of, option
 
@@ -121,11 +130,31 @@ class PoolConfig:
     model_id: str = option("", "name of the model in the API; empty: the directory's name")
     aliases: tuple[str, ...] = option((), "further names of the model in the API")
     engine: str = option(
-        "onnx", "onnx, or scripted (tokens from a script; for tests)", check=one_of("onnx", "scripted")
+        "onnx",
+        "onnx, tensorrt, tensorrt-rtx (both on an NVIDIA GPU), or scripted (tokens from a script; for tests)",
+        check=one_of(*BACKENDS, "scripted"),
     )
-    precision: str = option("fp32", "weights of the onnx engine", check=one_of("fp32", "int8", "int4"))
+    provider: str = option("cpu", "where the onnx engine runs: cpu, or cuda (an NVIDIA GPU)", check=one_of(*PROVIDERS))
+    device: int = option(0, "number of the GPU, as CUDA counts them", check=between(0, 255))
+    precision: str = option(
+        "auto",
+        "of the weights; auto: fp32 on the CPU, on a GPU bf16 or fp16, as the checkpoint is stored",
+        check=one_of(*PRECISION_CHOICES),
+    )
+    attention: str = option(
+        "auto",
+        "TensorRT: form of attention; auto: the first one that passes the self-test on the GPU",
+        check=one_of(*ATTENTION_CHOICES),
+    )
+    chunk_tokens: int = option(
+        DEFAULT_CHUNK_TOKENS, "TensorRT: longest piece of a prompt in one launch (tokens)", check=between(16, 1 << 16)
+    )
     slots: int = option(16, "sequences that run at once", check=between(1, 1024))
-    max_len: int = option(0, "positions of a slot; 0: what the model was trained for", check=between(0, 1 << 20))
+    max_len: int = option(
+        0,
+        f"positions of a slot; 0: what the model was trained for, with TensorRT at most {TENSORRT_MAX_LEN}",
+        check=between(0, 1 << 20),
+    )
     threads: int = option(0, "engine threads; 0: one per core", check=between(0, 1024))
     step_tokens: int = option(512, "most tokens in one engine step", check=between(1, 1 << 20))
     queue_requests: int = option(1024, "most sequences that wait", check=between(1, 1 << 20))
@@ -347,10 +376,29 @@ def _cross_check(config: Config) -> list[str]:
     ]
     if not config.gateway.accounts and not config.development:
         problems.append("gateway.accounts: keys, limits and ledger can be off in the development profile only")
+    problems += _engine_problems(config.pool)
     problems += _oidc_problems(config.auth)
     problems += _database_problems(config.database)
     if config.supervise.backoff_min_s > config.supervise.backoff_max_s:
         problems.append("supervise.backoff_min_s: must not be larger than supervise.backoff_max_s")
+    return problems
+
+
+def _engine_problems(pool: PoolConfig) -> list[str]:
+    """What does not go together; the scripted engine ignores all of it."""
+    problems = []
+    for backend in BACKENDS:
+        if backend != pool.engine:
+            continue
+        if backend != "onnx" and pool.provider != "cpu":
+            problems.append(f"pool.provider: {pool.provider} is for the onnx engine; {backend} always runs on a GPU")
+        offered = precisions(backend, "cuda" if pool.provider == "cuda" else "cpu")
+        if pool.precision not in ("auto", *offered):
+            where = f" with provider {pool.provider}" if backend == "onnx" else ""
+            problems.append(
+                f"pool.precision: {pool.precision} is not offered by {backend}{where}; choose among auto, "
+                + ", ".join(offered)
+            )
     return problems
 
 

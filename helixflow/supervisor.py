@@ -10,6 +10,7 @@ from collections.abc import Callable
 from helixflow import log
 from helixflow.config import DEFAULT_AUTH, DEFAULT_POOLS, DEVELOPMENT_KEY, Config, model_of
 from helixflow.db.embedded import STOP_TIMEOUT_S
+from helixflow.engine.recipe import pool_recipe
 from helixflow.errors import EX_UNAVAILABLE, EX_USAGE, StartError
 from helixflow.options import Address
 from helixflow.process import PARENT_PID, has_terminal
@@ -41,11 +42,10 @@ async def prepare(config: Config, say: Callable[[str], None]) -> None:
     """Certificates and engine: makes what is missing. Raises StartError."""
     say(f"certificates  {config.certs}")
     await _command("pki", "init", "--dir", str(config.certs))
-    if config.pool.engine == "onnx":
-        model = model_of(config)
-        say(f"engine        {config.pool.model_id} ({model}), {config.pool.precision}")
-        options = ["--precision", config.pool.precision, "--engines", str(config.engines)]
-        await _command("engine", "build", str(model), *options)
+    if config.pool.engine != "scripted":
+        model, recipe = model_of(config), pool_recipe(config.pool)
+        say(f"engine        {config.pool.model_id} ({model}), {recipe.kind} {recipe.precision}")
+        await _command("engine", "build", str(model), *recipe.arguments(), "--engines", str(config.engines))
 
 
 async def _command(*arguments: str) -> None:

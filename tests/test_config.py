@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helixflow import cli, config
+from helixflow.engine.recipe import Recipe, pool_recipe
 from helixflow.errors import ConfigError
 from helixflow.options import Address
 
@@ -129,6 +130,41 @@ def test_secrets_and_spool_live_under_home(tmp_path: Path) -> None:
     assert config.load(None, {"HELIX_LEDGER_SPOOL": "/spool"}).ledger.spool == Path("/spool")
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"ENGINE": "tensorrt-trx"}, "POOL_ENGINE: must be one of onnx, tensorrt, tensorrt-rtx, scripted"),
+        ({"PROVIDER": "rocm"}, "POOL_PROVIDER: must be one of cpu, cuda"),
+        ({"PRECISION": "fp64"}, "POOL_PRECISION: must be one of auto, fp32, fp16, bf16, int8, int4, fp8"),
+        ({"ATTENTION": "flash"}, "POOL_ATTENTION: must be one of auto, posmask, key_value_lengths, split"),
+        ({"CHUNK_TOKENS": "1"}, "POOL_CHUNK_TOKENS: must be between 16 and 65536"),
+        (
+            {"PRECISION": "bf16"},
+            "pool.precision: bf16 is not offered by onnx with provider cpu; choose among auto, fp32",
+        ),
+        ({"PRECISION": "fp8", "PROVIDER": "cuda"}, "pool.precision: fp8 is not offered by onnx with provider cuda"),
+        ({"ENGINE": "tensorrt", "PRECISION": "fp32"}, "pool.precision: fp32 is not offered by tensorrt; choose among"),
+        ({"ENGINE": "tensorrt-rtx", "PROVIDER": "cuda"}, "pool.provider: cuda is for the onnx engine; tensorrt-rtx"),
+    ],
+)
+def test_engines_that_do_not_exist_are_refused(options: dict[str, str], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(None, {f"HELIX_POOL_{name}": value for name, value in options.items()})
+    [found] = caught.value.problems
+    assert problem in found
+
+
+def test_a_pool_says_what_it_is_built_with() -> None:
+    def recipe(**options: str) -> Recipe:
+        return pool_recipe(config.load(None, {f"HELIX_POOL_{name}": value for name, value in options.items()}).pool)
+
+    assert recipe() == Recipe()
+    assert recipe(PROVIDER="cuda", PRECISION="fp16", DEVICE="1", SLOTS="3") == Recipe("onnx", "cuda", "fp16", device=1)
+    assert recipe(ENGINE="tensorrt-rtx", MAX_LEN="9000", DEVICE="2", CHUNK_TOKENS="256") == Recipe(
+        "tensorrt-rtx", slots=16, max_len=9000, attention="auto", chunk_tokens=256, device=2
+    )
+
+
 def test_every_option_is_documented() -> None:
     sections: list[Any] = [config.Config, *config.SECTIONS.values()]
     for cls in sections:
@@ -177,6 +213,7 @@ def test_wrong_configuration_exits_64(capsys: pytest.CaptureFixture[str], monkey
         ["pki", "init"],
         ["engine"],
         ["engine", "build"],
+        ["engine", "selftest"],
         ["config"],
         ["config", "check"],
         ["config", "options"],

@@ -1,82 +1,142 @@
-"""Builds engines into `<engines>/<model>/<key>/`: found again by key, written beside and moved into place at once."""
+"""Builds engines into `<engines>/<model>/<key>/`; the key is a hash over all that the files depend on (see `store`)."""
 
-import contextlib
 import dataclasses
-import fcntl
-import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from helixflow.engine.base import PRECISIONS, DamagedFileError, EngineError, Float32, Precision
-from helixflow.engine.manifest import MANIFEST, Manifest, Source, engine_key, file_sha256, tool_versions
-from helixflow.engine.onnx_graph import padded_head, write_onnx
+from helixflow import __version__
+from helixflow.engine.base import DamagedFileError, EngineError, Float32
+from helixflow.engine.kinds import AnyPrecision, Provider
+from helixflow.engine.manifest import Manifest, Source, digest, engine_key, file_sha256, tool_versions
+from helixflow.engine.onnx_graph import NUMPY_TYPES, compute_type, padded_head, write_onnx
 from helixflow.engine.progress import Progress, silent
+from helixflow.engine.recipe import Recipe
 from helixflow.engine.spec import CONFIG, ModelSpec
+from helixflow.engine.store import (
+    Built,
+    engine_directories,
+    existing,
+    known_sources,
+    locked,
+    manifests,
+    model_name,
+    publish,
+)
 from helixflow.engine.weights import Checkpoint
 
-SETTLED_NS = 1_000_000_000
-WORK = ".build"
+if TYPE_CHECKING:
+    from helixflow.engine.tensorrt.artefact import Toolkit
+
+__all__ = ["Built", "build", "build_engine", "engine_directories", "find", "model_name", "read_checkpoint", "resolve"]
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
-    """An engine directory; `cached`: it was there already."""
+class Job:
+    """A build: `recipe` is resolved; `device`: what binds the plan, "" when nothing does."""
 
-    directory: Path
-    manifest: Manifest
-    cached: bool
+    model_dir: Path
+    spec: ModelSpec
+    checkpoint: Checkpoint
+    recipe: Recipe
+    versions: dict[str, str]
+    device: str
+    write: Callable[["Job", Path, Manifest, Progress], Manifest]
+
+    def manifest(self, sources: dict[str, Source]) -> Manifest:
+        """What is known before anything is written."""
+        recipe = self.recipe
+        return Manifest(
+            model=self.model_dir.name,
+            checkpoint=str(self.model_dir),
+            key=engine_key(sources, recipe, self.versions, self.device),
+            backend=recipe.backend,
+            provider=recipe.provider,
+            precision=recipe.chosen_precision,
+            slots=recipe.slots,
+            max_len=recipe.max_len,
+            options={},
+            device=self.device,
+            versions=self.versions,
+            shapes=_shapes(self.spec, recipe),
+            sources=sources,
+            files={},
+        )
 
 
 def build_engine(
     model_dir: Path,
     root: Path,
-    precision: Precision = "fp32",
+    precision: AnyPrecision = "fp32",
     *,
+    provider: Provider = "cpu",
     slots: int = 0,
     max_len: int = 0,
     replace_damaged: bool = True,
     progress: Progress = silent,
 ) -> Built:
-    """Builds, or finds, the engine of a checkpoint. `slots`, `max_len`: recorded as defaults for loading; 0: as before.
+    """Builds, or finds, the onnx engine of a checkpoint: see `build`."""
+    recipe = Recipe("onnx", provider, precision, slots, max_len)
+    return build(model_dir, root, recipe, replace_damaged=replace_damaged, progress=progress)
 
+
+def build(
+    model_dir: Path,
+    root: Path,
+    recipe: Recipe,
+    *,
+    replace_damaged: bool = True,
+    progress: Progress = silent,
+    toolkit: "Toolkit | None" = None,
+) -> Built:
+    """Builds, or finds, the engine of a checkpoint.
+
+    `slots` and `max_len` of an onnx engine are recorded as defaults for loading (0: as before).
     `replace_damaged`: verify an engine that is there, and build it again when a file differs; otherwise it is returned
-    unread. Two builders of one model wait for each other. Raises EngineError (ModelError for a refused checkpoint).
+    unread. `toolkit`: of TensorRT. Two builders of one model wait for each other. Raises EngineError (ModelError for a
+    refused checkpoint).
     """
-    if precision not in PRECISIONS:
-        raise EngineError(f"precision {precision!r} is unknown: choose one of {', '.join(PRECISIONS)}")
-    model_dir = model_dir.resolve()
-    if not model_dir.is_dir():
-        raise EngineError(
-            f"{model_dir} is not a directory: name the directory of a checkpoint (config.json, *.safetensors)"
-        )
-    checkpoint, spec = read_checkpoint(model_dir)
-    if max_len > spec.longest:
-        raise EngineError(f"max-len {max_len} is more than the {spec.longest} positions this model was made for")
-    home = root / model_name(model_dir)
-    with _locked(home):
-        sources = _sources(model_dir, checkpoint, _known(home), progress)
-        versions = tool_versions()
-        key = engine_key(sources, precision, versions)
-        directory = home / key
-        found = _existing(directory, replace_damaged, progress)
-        manifest = Manifest(model_dir.name, key, precision, slots, max_len, versions, _shapes(spec), sources, {})
+    job = _job(model_dir, recipe, toolkit)
+    home = root / model_name(job.model_dir)
+    with locked(home):
+        manifest = job.manifest(_sources(job.model_dir, job.checkpoint, known_sources(home), progress))
+        directory = home / manifest.key
+        found = existing(directory, replace_damaged, progress)
         if found is None:
-            files = _write(model_dir, directory, spec, checkpoint, manifest, progress)
-            return Built(directory, dataclasses.replace(manifest, files=files), cached=False)
-        merged = dataclasses.replace(
-            found, slots=slots or found.slots, max_len=max_len or found.max_len, sources=sources
-        )
-        if merged != found:
-            try:
-                merged.write(directory)
-            except OSError as error:
-                raise EngineError(f"{directory}: cannot be written: {error.strerror or error}") from error
-        return Built(directory, merged, cached=True)
+            manifest = publish(directory, lambda place: job.write(job, place, manifest, progress))
+            return Built(directory, manifest, cached=False)
+        return Built(directory, _merged(found, manifest, directory), cached=True)
+
+
+def find(model_dir: Path, root: Path, recipe: Recipe, sm: int, toolkit: "Toolkit") -> Built | None:
+    """A TensorRT engine that is there and serves `recipe` on a device of compute capability `sm`: built for as many
+    slots or more, the same otherwise. Its files are not read. Raises EngineError."""
+    job = _job(model_dir, recipe, toolkit)
+    home = root / model_name(job.model_dir)
+    with locked(home):
+        wanted = job.manifest(_sources(job.model_dir, job.checkpoint, known_sources(home), silent))
+    fitting = []
+    for directory, manifest in manifests(home):
+        known = manifest.recipe
+        as_wanted = dataclasses.replace(known, slots=job.recipe.slots, sms=job.recipe.sms)
+        if (
+            engine_key(manifest.sources, as_wanted, manifest.versions, manifest.device) == wanted.key
+            and known.slots >= job.recipe.slots
+            and (known.backend == "tensorrt" or known.runs_on(sm))
+        ):
+            fitting.append((known.slots, Built(directory, manifest, cached=True)))
+    return min(fitting, key=lambda entry: entry[0])[1] if fitting else None
+
+
+def resolve(model_dir: Path, recipe: Recipe) -> Recipe:
+    """A recipe with everything chosen that the checkpoint decides. Raises EngineError."""
+    recipe.check()
+    checkpoint, spec = _read(model_dir.resolve())
+    return recipe.resolved(spec, (checkpoint.entries[name].dtype for name in spec.tensors()))
 
 
 def read_checkpoint(model_dir: Path) -> tuple[Checkpoint, ModelSpec]:
@@ -89,90 +149,98 @@ def read_checkpoint(model_dir: Path) -> tuple[Checkpoint, ModelSpec]:
     return checkpoint, spec
 
 
-def model_name(model_dir: Path) -> str:
-    """Directory name of a model's engines: the last part of its path, in characters every file system takes."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", model_dir.name).strip(".-") or "model"
+def _read(model_dir: Path) -> tuple[Checkpoint, ModelSpec]:
+    if not model_dir.is_dir():
+        raise EngineError(
+            f"{model_dir} is not a directory: name the directory of a checkpoint (config.json, *.safetensors)"
+        )
+    return read_checkpoint(model_dir)
 
 
-def engine_directories(root: Path) -> list[Path]:
-    """Every built engine under `root`, by model and key."""
-    return sorted(path.parent for path in root.glob(f"*/*/{MANIFEST}"))
+def _job(model_dir: Path, recipe: Recipe, toolkit: "Toolkit | None") -> Job:
+    recipe.check()
+    model_dir = model_dir.resolve()
+    checkpoint, spec = _read(model_dir)
+    recipe = recipe.resolved(spec, (checkpoint.entries[name].dtype for name in spec.tensors()))
+    if not recipe.tensorrt:
+        return Job(model_dir, spec, checkpoint, recipe, tool_versions(), "", _write_onnx)
+    from helixflow.engine.tensorrt import artefact  # noqa: PLC0415 - nobody else needs it
+
+    toolkit = toolkit or artefact.Toolkit()
+    library = toolkit.library(artefact.kind_of(recipe))
+    device = "" if library.rtx else artefact.bound_device(library, recipe, toolkit)
+
+    def write(job: Job, place: Path, manifest: Manifest, progress: Progress) -> Manifest:
+        weights = _weights(job, manifest, place.parent.parent)
+        files, options = artefact.write_artefact(
+            place, library, job.spec, job.recipe, weights, toolkit.compile, progress
+        )
+        return dataclasses.replace(manifest, options=options, files={**files, **_copy_config(job, place, manifest)})
+
+    versions = {"helixflow": __version__, library.kind: library.version}
+    return Job(model_dir, spec, checkpoint, recipe, versions, device, write)
 
 
-def _write(
-    model_dir: Path, directory: Path, spec: ModelSpec, checkpoint: Checkpoint, manifest: Manifest, progress: Progress
-) -> dict[str, str]:
-    """Writes all files of an engine beside its place, then moves them there."""
-    work = directory.parent / WORK
-    # Under the lock nobody else builds here: what lies here was left by builds that were killed.
-    for left in work.glob("*/"):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = work / directory.name
-    total = 4 * spec.parameters()
-    done = 0
+def _weights(job: Job, manifest: Manifest, home: Path) -> Any:
+    """Where the weights of an artefact come from (`artefact.Weights`)."""
+    from helixflow.engine.tensorrt import artefact, weightfile  # noqa: PLC0415 - nobody else needs them
+
+    compute = artefact.engine_options(job.recipe).compute
+    return artefact.Weights(
+        pieces=weightfile.checkpoint_pieces(job.checkpoint, compute),
+        read=lambda name: _finite(job.checkpoint, name),
+        sequences=lambda: artefact.checkpoint_sequences(job.model_dir, job.spec),
+        identity=digest({name: source.sha256 for name, source in manifest.sources.items()}),
+        siblings=manifests(home),
+    )
+
+
+def _write_onnx(job: Job, place: Path, manifest: Manifest, progress: Progress) -> Manifest:
+    total, done = 4 * job.spec.parameters(), 0
 
     def read(name: str) -> Float32:
         nonlocal done
-        tensor = checkpoint.tensor(name)
-        if not np.isfinite(tensor).all():
-            raise DamagedFileError(checkpoint.entries[name].file, name, "holds a value that is not a finite number")
+        tensor = _finite(job.checkpoint, name)
         done += tensor.nbytes
         progress(f"building {manifest.model} {manifest.precision}", min(done, total), total)
         return tensor
 
-    try:
-        temporary.mkdir()
-        files = write_onnx(spec, manifest.precision, read, temporary)
-        shutil.copyfile(model_dir / CONFIG, temporary / CONFIG)
-        files[CONFIG] = file_sha256(temporary / CONFIG)
-        if files[CONFIG] != manifest.sources[CONFIG].sha256:
-            raise EngineError(f"{model_dir / CONFIG} changed while the engine was built: build again")
-        dataclasses.replace(manifest, files=files).write(temporary)
-        for name in (*files, MANIFEST):
-            _sync(temporary / name)
-        if directory.exists():
-            shutil.rmtree(directory)
-        temporary.rename(directory)
-        _sync(directory.parent)
-    except OSError as error:
-        raise EngineError(f"{directory}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return files
+    files = write_onnx(job.spec, manifest.precision, read, place, job.recipe.provider)
+    return dataclasses.replace(manifest, files={**files, **_copy_config(job, place, manifest)})
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _finite(checkpoint: Checkpoint, name: str) -> Float32:
+    """A tensor of a checkpoint. Raises DamagedFileError for values that are none."""
+    tensor = checkpoint.tensor(name)
+    if not np.isfinite(tensor).all():
+        raise DamagedFileError(checkpoint.entries[name].file, name, "holds a value that is not a finite number")
+    return tensor
 
 
-def _existing(directory: Path, verify: bool, progress: Progress) -> Manifest | None:
-    if not directory.exists():
-        return None
-    try:
-        manifest = Manifest.read(directory)
-        if verify:
-            manifest.verify(directory, progress)
-    except DamagedFileError:
-        if verify:
-            return None
-        raise
-    return manifest
+def _copy_config(job: Job, place: Path, manifest: Manifest) -> dict[str, str]:
+    """Copies config.json, last: it must still be the one that was read. Returns its hash by name."""
+    shutil.copyfile(job.model_dir / CONFIG, place / CONFIG)
+    found = file_sha256(place / CONFIG)
+    if found != manifest.sources[CONFIG].sha256:
+        raise EngineError(f"{job.model_dir / CONFIG} changed while the engine was built: build again")
+    return {CONFIG: found}
 
 
-def _known(home: Path) -> dict[str, Source]:
-    """Hashes that earlier builds of this model recorded. A file that changed just before its build is not trusted:
-    a second change within the clock's grain would leave no trace."""
-    known: dict[str, Source] = {}
-    for path in sorted(home.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns):
-        written = path.stat().st_mtime_ns
-        with contextlib.suppress(DamagedFileError):
-            sources = Manifest.read(path.parent).sources
-            known |= {name: source for name, source in sources.items() if written - source.changed_ns > SETTLED_NS}
-    return known
+def _merged(found: Manifest, wanted: Manifest, directory: Path) -> Manifest:
+    """Of an engine that was there already: its defaults for loading, and where its checkpoint is now."""
+    merged = dataclasses.replace(
+        found,
+        slots=wanted.slots or found.slots,
+        max_len=wanted.max_len or found.max_len,
+        checkpoint=wanted.checkpoint,
+        sources=wanted.sources,
+    )
+    if merged != found:
+        try:
+            merged.write(directory)
+        except OSError as error:
+            raise EngineError(f"{directory}: cannot be written: {error.strerror or error}") from error
+    return merged
 
 
 def _sources(
@@ -192,8 +260,12 @@ def _sources(
     return sources
 
 
-def _shapes(spec: ModelSpec) -> dict[str, int]:
-    width = padded_head(spec.head_dim)
+def _shapes(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
+    if recipe.tensorrt:
+        width, item = spec.head_dim, 2
+    else:
+        compute = compute_type(recipe.chosen_precision, recipe.provider)
+        width, item = padded_head(spec.head_dim), NUMPY_TYPES[compute].itemsize
     return {
         "parameters": spec.parameters(),
         "vocab_size": spec.vocab_size,
@@ -203,20 +275,5 @@ def _shapes(spec: ModelSpec) -> dict[str, int]:
         "kv_heads": spec.kv_heads,
         "head_dim": spec.head_dim,
         "max_positions": spec.max_positions,
-        "cache_bytes_per_position": 2 * 4 * spec.layers * spec.kv_heads * width,
+        "cache_bytes_per_position": 2 * item * spec.layers * spec.kv_heads * width,
     }
-
-
-@contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    """Holds the build lock of a model; freed by the system when the process dies."""
-    try:
-        (home / WORK).mkdir(parents=True, exist_ok=True)
-        lock = (home / WORK / "lock").open("w")
-    except OSError as error:
-        raise EngineError(
-            f"{home}: cannot be written: {error.strerror}; choose another place with HELIX_ENGINES"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

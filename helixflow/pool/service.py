@@ -6,12 +6,15 @@ import threading
 import time
 from enum import Enum, auto
 from types import FrameType
+from typing import cast
 
 from helixflow import core_rs, log
 from helixflow.config import Config, model_of
 from helixflow.engine.base import Engine
-from helixflow.engine.load import load_engine
+from helixflow.engine.kinds import AttentionChoice, PrecisionChoice, Provider
+from helixflow.engine.load import Kind, load_engine
 from helixflow.engine.progress import Bar, Progress
+from helixflow.engine.tensorrt.device import DeviceError
 from helixflow.errors import EX_SOFTWARE, StartError
 from helixflow.pki.layout import Layout, Role
 from helixflow.process import notify_ready
@@ -102,9 +105,20 @@ def _main(
                 _drain(pool, events, drain_timeout_s)
                 return 0
             case Event.ENGINE_ENDED:
-                logger.error("the engine failed", exc_info=thread.error)
+                logger.error("the engine failed", kind=_failure(thread.error), exc_info=thread.error)
                 return EX_SOFTWARE
         event = None
+
+
+def _failure(error: BaseException | None) -> str:
+    """What failed, in a word: `out_of_memory`, `lost` or `failed` for a GPU, else `engine`."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, DeviceError):
+            return error.kind
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return "engine"
 
 
 def _until_running(pool: core_rs.Pool, events: "queue.SimpleQueue[Event]") -> Event | None:
@@ -139,13 +153,19 @@ def _pool(config: Config) -> core_rs.Pool:
 
 def _engine(config: Config) -> Engine:
     options = config.pool
+    # The words were checked when the configuration was read.
+    tensorrt = options.engine in ("tensorrt", "tensorrt-rtx")
     return load_engine(
         model_of(config),
-        "scripted" if options.engine == "scripted" else "onnx",
-        precision="int8" if options.precision == "int8" else "int4" if options.precision == "int4" else "fp32",
+        cast("Kind", options.engine),
+        provider=cast("Provider", options.provider),
+        precision=cast("PrecisionChoice", options.precision),
         slots=options.slots,
         max_len=options.max_len,
         threads=options.threads,
+        attention=cast("AttentionChoice", options.attention),
+        chunk_tokens=options.chunk_tokens if tensorrt else 0,
+        device=options.device,
         engines=config.engines,
         script_step_s=options.script_step_ms / 1000,
         script_tokens=options.script_tokens,

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,10 @@ import pytest
 import helixflow.engine.build as build_module
 from helixflow.cli import main
 from helixflow.engine.base import DamagedFileError, EngineError, Precision
-from helixflow.engine.build import Built, build_engine, model_name
+from helixflow.engine.build import Built, build, build_engine, model_name
 from helixflow.engine.load import load_engine
 from helixflow.engine.manifest import Manifest, digest, engine_key, file_sha256
+from helixflow.engine.recipe import Recipe
 from tests.engine.support import (
     batch,
     random_tensors,
@@ -71,7 +73,8 @@ def test_cache_hit_and_key(model: Path, root: Path) -> None:
     assert build_engine(model, root).directory != first.directory
     manifest = first.manifest
     older = {**manifest.versions, "onnxruntime": "1.0"}
-    assert engine_key(manifest.sources, "fp32", older) != manifest.key
+    assert engine_key(manifest.sources, manifest.recipe, manifest.versions) == manifest.key
+    assert engine_key(manifest.sources, manifest.recipe, older) != manifest.key
 
 
 def test_defaults_change_without_a_new_build(model: Path, root: Path) -> None:
@@ -170,7 +173,7 @@ def test_what_a_killed_build_left_is_removed(model: Path, root: Path) -> None:
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing(model: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_spec: Any, _precision: Any, _read: Any, directory: Path) -> dict[str, str]:
+    def full(_spec: Any, _precision: Any, _read: Any, directory: Path, _provider: Any) -> dict[str, str]:
         (directory / "weights.bin").write_bytes(b"begun")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -210,8 +213,8 @@ def test_wrong_arguments(model: Path, root: Path, tmp_path: Path, monkeypatch: p
     precision: Any = "fp64"
     with pytest.raises(EngineError, match="'fp64' is unknown"):
         build_engine(model, root, precision)
-    kind: Any = "tensorrt"
-    with pytest.raises(EngineError, match="'tensorrt' is unknown"):
+    kind: Any = "tensorrt-3"
+    with pytest.raises(EngineError, match="'tensorrt-3' is unknown"):
         load_engine(model, kind, engines=root)
     with pytest.raises(EngineError, match="max-len 300 is more than"):
         load_engine(model, engines=root, max_len=300)
@@ -290,3 +293,29 @@ def test_manifest_survives_a_round_trip(model: Path, root: Path, tmp_path: Path)
     manifest = dataclasses.replace(build_engine(model, root).manifest, slots=9)
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest
+
+
+def test_an_engine_for_the_gpu_is_another_one(model: Path, root: Path) -> None:
+    built = build_engine(model, root, "fp16", provider="cuda", slots=2, max_len=9)
+    assert re.fullmatch("onnx-cuda-fp16-[0-9a-f]{16}", built.directory.name)
+    assert (built.manifest.backend, built.manifest.provider) == ("onnx", "cuda")
+    # Half of what fp32 takes.
+    assert built.manifest.shapes["cache_bytes_per_position"] == 2 * 2 * 2 * 2 * 16
+    assert build(model, root, Recipe("onnx", "cuda")).directory == built.directory
+    assert build_engine(model, root, "fp16").directory != built.directory
+    with pytest.raises(
+        EngineError, match=r"is an engine of onnx-cuda, not of onnx: set .*_PROVIDER=cuda, or run"
+    ) as caught:
+        load_engine(built.directory)
+    assert f"`helixflow engine build '{model}' --precision auto" in str(caught.value)
+    with pytest.raises(EngineError, match="was built with precision fp32, int8 is wanted: run"):
+        load_engine(build_engine(model, root).directory, precision="int8")
+    with pytest.raises(EngineError, match="precision of onnx-cuda: 'fp32' is unknown: choose one of auto, fp16, bf16"):
+        build_engine(model, root, provider="cuda")
+
+
+def test_an_engine_of_an_older_version_is_damaged_to_this_one(model: Path, root: Path) -> None:
+    path = build_engine(model, root).directory / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    with pytest.raises(DamagedFileError, match=r"format: is 2, this version reads 3; run `helixflow engine build"):
+        load_engine(path.parent)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from helixflow import config, core_rs
-from helixflow.engine.base import Capacity
+from helixflow.engine.base import Candidates, Capacity, EngineError
 from helixflow.engine.scripted import Gate, ScriptedEngine, repeat
+from helixflow.engine.tensorrt.device import DeviceError
 from helixflow.errors import EX_SOFTWARE, StartError
 from helixflow.pki.layout import Layout, Role
 from helixflow.pool import service
@@ -184,6 +186,52 @@ def test_a_failing_engine_ends_the_process_with_status_70(
     client = Client(pki, act, monkeypatch)
     assert service.run(settings()) == EX_SOFTWARE
     client.check()
+
+
+class LostEngine(ScriptedEngine):
+    """Its GPU is lost in the first step."""
+
+    def step(self, batch: Any) -> Candidates:
+        raise DeviceError("lost", "cudaErrorIllegalAddress: the context is broken")
+
+
+def test_the_log_says_what_of_a_gpu_failed(
+    settings: Callable[..., config.Config], pki: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_engine(monkeypatch, LostEngine(Capacity(2, 64, VOCAB), repeat([120])))
+
+    def act(client: core_rs.PoolClient) -> None:
+        call = client.complete(request("a", 9), completion_id="c", created=0, stream=True)
+        with pytest.raises(core_rs.EngineFailed, match="try again"):
+            finish(client, call)
+
+    client = Client(pki, act, monkeypatch)
+    with structlog.testing.capture_logs() as logs:
+        assert service.run(settings()) == EX_SOFTWARE
+    client.check()
+    [line] = [entry for entry in logs if entry["log_level"] == "error"]
+    assert (line["event"], line["kind"]) == ("the engine failed", "lost")
+    assert "cudaErrorIllegalAddress" in str(line["exc_info"])
+
+
+def test_an_engine_is_loaded_as_configured(
+    settings: Callable[..., config.Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(path: Path, kind: str, **options: Any) -> ScriptedEngine:
+        asked.append((kind, options))
+        raise EngineError("nothing is loaded here")
+
+    monkeypatch.setattr(service, "load_engine", load)
+    for options in ({"ENGINE": "tensorrt-rtx", "CHUNK_TOKENS": "64"}, {"ENGINE": "onnx", "PROVIDER": "cuda"}):
+        with pytest.raises(EngineError, match="nothing is loaded"):
+            service.run(
+                settings(HELIX_POOL_DEVICE="3", **{f"HELIX_POOL_{key}": value for key, value in options.items()})
+            )
+    (first, rtx), (second, onnx) = asked
+    assert (first, rtx["chunk_tokens"], rtx["attention"], rtx["precision"]) == ("tensorrt-rtx", 64, "auto", "auto")
+    assert (second, onnx["chunk_tokens"], onnx["provider"], onnx["device"]) == ("onnx", 0, "cuda", 3)
 
 
 def test_it_does_not_start_without_certificates_or_model(
