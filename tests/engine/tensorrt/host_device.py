@@ -212,7 +212,7 @@ class HostDevice:
             for row in range(rows):
                 self.bytes_at(target + row * pitch, width)[:] = self.bytes_at(source + row * pitch, width)
 
-        self.enqueue("copy", work)
+        self.enqueue("copy_rows", work)
 
     def fetch(self, target: NDArray[Any], address: int) -> None:
         self._called("fetch")
