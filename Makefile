@@ -25,8 +25,8 @@ $(VENV)/.base: constraints.txt
 build: $(VENV)/.base ## the extension (release profile) and the package, into .venv
 	$(BIN)/maturin develop --quiet --release
 
-build-dev: $(VENV)/.base
-	$(BIN)/maturin develop --quiet --extras test,lint
+build-dev: $(VENV)/.base # rtx: TensorRT-RTX builds engines without a GPU
+	$(BIN)/maturin develop --quiet --extras test,lint,rtx
 
 serve: build ## certificates, demo model, all services; Ctrl-C stops them
 	$(BIN)/helixflow serve --profile development
@@ -82,7 +82,7 @@ demo-model: $(VENV)/.base ## trains engines/demo anew (about an hour)
 
 constraints: ## newest allowed Python packages into constraints.txt
 	rm -rf .build/lock && $(PYTHON) -m venv .build/lock
-	PIP_CONSTRAINT= .build/lock/bin/python -m pip install --quiet maturin '.[test,lint,bench]'
+	PIP_CONSTRAINT= .build/lock/bin/python -m pip install --quiet maturin '.[test,lint,rtx,bench]'
 	(head -n 1 constraints.txt; .build/lock/bin/python -m pip freeze --exclude helixflow) > .build/constraints.txt
 	mv .build/constraints.txt constraints.txt
 
