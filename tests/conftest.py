@@ -1,10 +1,15 @@
 """Fixtures that several folders share."""
 
+import hypothesis
 import pytest
 
 from helixflow.pki import issue
 from helixflow.pki.keys import KeyType
 from helixflow.pki.layout import Layout
+
+# How long an example takes says something about the machine, and nothing about what is tested.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
