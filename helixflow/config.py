@@ -11,25 +11,52 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helixflow.engine.kinds import (
-    ATTENTION_CHOICES,
-    BACKENDS,
-    DEFAULT_CHUNK_TOKENS,
-    PRECISION_CHOICES,
-    PROVIDERS,
-    TENSORRT_MAX_LEN,
-    precisions,
-)
+from helixflow.engine.kinds import BACKENDS, precisions
 from helixflow.errors import ConfigError, HelixError
-from helixflow.options import Address, Reader, between, one_of, option
+from helixflow.options import Address, Reader, one_of, option
+from helixflow.sections.auth import AuthConfig
+from helixflow.sections.database import DatabaseConfig
+from helixflow.sections.gateway import DEFAULT_AUTH, DEFAULT_POOLS, GatewayConfig
+from helixflow.sections.ledger import LedgerConfig
+from helixflow.sections.limits import LimitsConfig
+from helixflow.sections.log import LogConfig
+from helixflow.sections.pool import PoolConfig
+from helixflow.sections.supervise import SuperviseConfig
+
+__all__ = [
+    "DEFAULT_AUTH",
+    "DEFAULT_POOLS",
+    "DEVELOPMENT_ALIASES",
+    "DEVELOPMENT_KEY",
+    "PACKAGE",
+    "SECTIONS",
+    "SERVICES",
+    "SYSTEM_STATE",
+    "UNSET",
+    "AuthConfig",
+    "Config",
+    "DatabaseConfig",
+    "GatewayConfig",
+    "LedgerConfig",
+    "LimitsConfig",
+    "LogConfig",
+    "PoolConfig",
+    "SuperviseConfig",
+    "checkout",
+    "default_certs_dir",
+    "default_engines_dir",
+    "default_home",
+    "demo_model_dir",
+    "describe",
+    "load",
+    "model_of",
+]
 
 UNSET = Path()
 SYSTEM_STATE = Path("/var/lib/helixflow")
 PACKAGE = Path(__file__).resolve().parent
 DEVELOPMENT_KEY = "demo-key"
 DEVELOPMENT_ALIASES = ("gpt-4", "gpt-3.5-turbo")
-DEFAULT_POOLS = (Address("127.0.0.1", 8501),)
-DEFAULT_AUTH = (Address("127.0.0.1", 8502),)
 SERVICES = ("api-gateway", "auth-service", "inference-pool", "monitoring")
 
 
@@ -67,211 +94,6 @@ def demo_model_dir() -> Path | None:
     """The demo model: it comes with the checkout, not with an installed wheel."""
     root = checkout()
     return root / "engines" / "demo" if root else None
-
-
-@dataclass(frozen=True, slots=True)
-class LogConfig:
-    """How the services write their logs (standard error)."""
-
-    level: str = option("info", "lowest level written", check=one_of("debug", "info", "warning", "error"))
-    format: str = option(
-        "auto",
-        "json, console, or auto (console on a terminal, json otherwise)",
-        check=one_of("auto", "json", "console"),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayConfig:
-    """The HTTPS endpoint."""
-
-    listen: Address = option(Address("127.0.0.1", 8443), "address of the HTTPS endpoint")
-    workers: int = option(1, "Granian worker processes", check=between(1, 256))
-    pools: tuple[Address, ...] = option(
-        DEFAULT_POOLS, "addresses of the inference pools; under `helixflow serve` by default that of its own pool"
-    )
-    auth: tuple[Address, ...] = option(
-        DEFAULT_AUTH, "addresses of the auth-services; under `helixflow serve` by default that of its own"
-    )
-    accounts: bool = option(
-        True, "ask the auth-service for keys, limits and ledger; false: development profile only, knows only demo-key"
-    )
-    key_cache_s: float = option(
-        60.0, "a verified key is asked for again after this time (seconds)", check=between(1, 3600)
-    )
-    key_negative_s: float = option(
-        5.0, "an unknown key is refused from memory this long (seconds)", check=between(0, 300)
-    )
-    key_grace_s: float = option(
-        86_400.0, "known keys go on this long without an auth-service (seconds)", check=between(0, 604_800)
-    )
-    key_cache_size: int = option(100_000, "credentials a worker remembers", check=between(100, 10_000_000))
-    cors_origins: tuple[str, ...] = option((), "origins that browsers may call from; empty: CORS is off")
-    max_body_bytes: int = option(4 * 1024 * 1024, "largest request body (bytes)", check=between(1024, 1 << 30))
-    keepalive_s: float = option(15.0, "a silent stream gets a comment this often (seconds)", check=between(0.05, 3600))
-    drain_timeout_s: float = option(30.0, "streams may run this long after SIGTERM (seconds)", check=between(0, 3600))
-    request_timeout_ms: int = option(
-        120_000, "a request that no slot took up by then is refused (milliseconds)", check=between(1, 86_400_000)
-    )
-    backlog: int = option(1024, "TCP accept queue of the listener", check=between(16, 65535))
-    max_connections: int = option(4096, "open connections per worker, idle ones included", check=between(1, 1_000_000))
-    stream_buffer_bytes: int = option(
-        65536, "unread output kept per stream before its sequence is parked (bytes)", check=between(4096, 1 << 26)
-    )
-    plain_http: bool = option(False, "serve HTTP without TLS: development profile on a loopback address only")
-
-
-@dataclass(frozen=True, slots=True)
-class PoolConfig:
-    """The inference pool: one model on one engine."""
-
-    listen: Address = option(Address("127.0.0.1", 8501), "address of the gRPC server")
-    model: Path = option(Path(), "checkpoint directory (Hugging Face layout); empty: the demo model", env="HELIX_MODEL")
-    model_id: str = option("", "name of the model in the API; empty: the directory's name")
-    aliases: tuple[str, ...] = option((), "further names of the model in the API")
-    engine: str = option(
-        "onnx",
-        "onnx, tensorrt, tensorrt-rtx (both on an NVIDIA GPU), or scripted (tokens from a script; for tests)",
-        check=one_of(*BACKENDS, "scripted"),
-    )
-    provider: str = option("cpu", "where the onnx engine runs: cpu, or cuda (an NVIDIA GPU)", check=one_of(*PROVIDERS))
-    device: int = option(0, "number of the GPU, as CUDA counts them", check=between(0, 255))
-    precision: str = option(
-        "auto",
-        "of the weights; auto: fp32 on the CPU, on a GPU bf16 or fp16, as the checkpoint is stored",
-        check=one_of(*PRECISION_CHOICES),
-    )
-    attention: str = option(
-        "auto",
-        "TensorRT: form of attention; auto: the first one that passes the self-test on the GPU",
-        check=one_of(*ATTENTION_CHOICES),
-    )
-    chunk_tokens: int = option(
-        DEFAULT_CHUNK_TOKENS, "TensorRT: longest piece of a prompt in one launch (tokens)", check=between(16, 1 << 16)
-    )
-    slots: int = option(16, "sequences that run at once", check=between(1, 1024))
-    max_len: int = option(
-        0,
-        f"positions of a slot; 0: what the model was trained for, with TensorRT at most {TENSORRT_MAX_LEN}",
-        check=between(0, 1 << 20),
-    )
-    threads: int = option(0, "engine threads; 0: one per core", check=between(0, 1024))
-    step_tokens: int = option(512, "most tokens in one engine step", check=between(1, 1 << 20))
-    queue_requests: int = option(1024, "most sequences that wait", check=between(1, 1 << 20))
-    queue_tokens: int = option(1 << 20, "most prompt tokens that wait", check=between(1, 1 << 30))
-    prefix_reuse: bool = option(True, "start a request from the longest prefix any slot holds")
-    stall_timeout_ms: int = option(60_000, "a reader may stall this long (milliseconds)", check=between(10, 86_400_000))
-    default_timeout_ms: int = option(
-        120_000, "deadline to the first step when a call brings none (milliseconds)", check=between(1, 86_400_000)
-    )
-    drain_timeout_s: float = option(30.0, "requests may run this long after SIGTERM (seconds)", check=between(0, 3600))
-    script_step_ms: float = option(0.0, "scripted engine: duration of a step (milliseconds)", check=between(0, 60_000))
-    script_tokens: int = option(
-        0, "scripted engine: tokens before it ends; 0: as many as asked for", check=between(0, 1 << 20)
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class DatabaseConfig:
-    """PostgreSQL: your own by its URL, else the embedded one."""
-
-    url: str = option("", "postgresql://user:password@host:port/database; empty: the embedded server", secret=True)
-    admin_url: str = option("", "URL of an administrator; only `helixflow db setup` uses it", secret=True)
-    tls: str = option(
-        "verify-full",
-        "verify-full, or disable (only for a loopback address); a Unix socket has none",
-        check=one_of("verify-full", "disable"),
-    )
-    tls_ca: Path = option(Path(), "file of CA certificates for the server; empty: the system's")
-    pool_min: int = option(1, "connections a service keeps open", check=between(0, 1000))
-    pool_max: int = option(10, "most connections of a service", check=between(1, 1000))
-    connect_timeout_ms: int = option(5000, "time for one connection (milliseconds)", check=between(10, 600_000))
-    acquire_timeout_ms: int = option(
-        2000, "wait for a free connection of the pool (milliseconds)", check=between(1, 600_000)
-    )
-    statement_timeout_ms: int = option(
-        10_000, "the server ends a statement after this time (milliseconds)", check=between(1, 86_400_000)
-    )
-    directory: Path = option(
-        Path(),
-        "data of the embedded server; empty: postgres/ under home, for root without HELIX_HOME "
-        "/var/lib/helixflow/postgres",
-    )
-    user: str = option("nobody", "account that the embedded server runs under when HelixFlow runs as root")
-
-
-@dataclass(frozen=True, slots=True)
-class AuthConfig:
-    """The auth-service: accounts, keys, tokens."""
-
-    listen: Address = option(Address("127.0.0.1", 8502), "address of the gRPC server")
-    pepper: Path = option(
-        Path(), "file of the secret behind key digests; empty: secrets/pepper under home, made at the first start"
-    )
-    owner: str = option("owner@localhost", "e-mail of the owner that the first start makes")
-    issuer: str = option("https://helixflow.local", "issuer of access tokens")
-    access_ttl_s: int = option(900, "an access token is valid this long (seconds)", check=between(30, 86_400))
-    refresh_ttl_s: int = option(
-        2_592_000,
-        "a session ends when its refresh token was not used this long (seconds)",
-        check=between(60, 31_536_000),
-    )
-    password_checks: int = option(2, "passwords hashed at a time; each costs 64 MiB", check=between(1, 64))
-    lockout_failures: int = option(10, "wrong passwords in a row that lock a user", check=between(1, 1000))
-    lockout_s: int = option(900, "how long a user stays locked (seconds)", check=between(1, 86_400))
-    drain_timeout_s: float = option(10.0, "calls may run this long after SIGTERM (seconds)", check=between(0, 3600))
-    oidc_issuer: str = option("", "URL of an OpenID Connect provider; empty: no login through one")
-    oidc_client_id: str = option("", "client id at the provider")
-    oidc_client_secret: str = option("", "client secret at the provider", secret=True)
-    oidc_ca: Path = option(Path(), "file of CA certificates for the provider; empty: the system's")
-    oidc_organisation: str = option("", "organisation that new users of the provider join; empty: none may join")
-    oidc_role: str = option("member", "role of users who join", check=one_of("viewer", "member", "admin"))
-
-
-@dataclass(frozen=True, slots=True)
-class LimitsConfig:
-    """Rate limits and budgets."""
-
-    redis_url: str = option(
-        "", "redis://, rediss:// (TLS) or unix:// URL; empty: PostgreSQL counts", env="HELIX_REDIS_URL", secret=True
-    )
-    redis_ca: Path = option(Path(), "file of CA certificates for Redis; empty: the system's")
-    redis_timeout_ms: int = option(200, "time for one answer of Redis (milliseconds)", check=between(1, 60_000))
-    default_max_tokens: int = option(
-        1024, "completion tokens reserved for a request that names no maximum", check=between(1, 1 << 20)
-    )
-    currency: str = option("USD", "what prices and budgets are in; only shown")
-    lease_timeout_ms: int = option(
-        1000, "a gateway that got no answer by then counts by itself (milliseconds)", check=between(10, 60_000)
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerConfig:
-    """The record of every request."""
-
-    spool: Path = option(Path(), "directory of the gateway's spool; empty: spool/ under home")
-    spool_max_bytes: int = option(
-        4 << 30, "most bytes a worker keeps until they are in the database", check=between(1 << 20, 1 << 44)
-    )
-    when_full: str = option(
-        "refuse",
-        "a full spool refuses requests, or serves them unrecorded (and says so in the log)",
-        check=one_of("refuse", "serve"),
-    )
-    fsync_ms: int = option(10, "records are on the disk after this time (milliseconds)", check=between(1, 10_000))
-    ship_ms: int = option(200, "records are sent to the database this often (milliseconds)", check=between(1, 60_000))
-    batch_rows: int = option(1000, "most rows of one transaction", check=between(1, 10_000))
-    keep_months: int = option(0, "months of rows that are kept; 0: all", check=between(0, 1200))
-
-
-@dataclass(frozen=True, slots=True)
-class SuperviseConfig:
-    """How `helixflow serve` keeps its services up."""
-
-    ready_timeout_s: float = option(120.0, "a service must be ready within this time (seconds)", check=between(1, 3600))
-    backoff_min_s: float = option(0.2, "first pause before a restart (seconds)", check=between(0.01, 60))
-    backoff_max_s: float = option(10.0, "longest pause before a restart (seconds)", check=between(0.01, 600))
 
 
 @dataclass(frozen=True, slots=True)

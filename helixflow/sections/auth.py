@@ -1,0 +1,34 @@
+"""Section `[auth]`: the auth-service: accounts, keys, tokens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from helixflow.options import Address, between, one_of, option
+
+
+@dataclass(frozen=True, slots=True)
+class AuthConfig:
+    """The auth-service: accounts, keys, tokens."""
+
+    listen: Address = option(Address("127.0.0.1", 8502), "address of the gRPC server")
+    pepper: Path = option(
+        Path(), "file of the secret behind key digests; empty: secrets/pepper under home, made at the first start"
+    )
+    owner: str = option("owner@localhost", "e-mail of the owner that the first start makes")
+    issuer: str = option("https://helixflow.local", "issuer of access tokens")
+    access_ttl_s: int = option(900, "an access token is valid this long (seconds)", check=between(30, 86_400))
+    refresh_ttl_s: int = option(
+        2_592_000,
+        "a session ends when its refresh token was not used this long (seconds)",
+        check=between(60, 31_536_000),
+    )
+    password_checks: int = option(2, "passwords hashed at a time; each costs 64 MiB", check=between(1, 64))
+    lockout_failures: int = option(10, "wrong passwords in a row that lock a user", check=between(1, 1000))
+    lockout_s: int = option(900, "how long a user stays locked (seconds)", check=between(1, 86_400))
+    drain_timeout_s: float = option(10.0, "calls may run this long after SIGTERM (seconds)", check=between(0, 3600))
+    oidc_issuer: str = option("", "URL of an OpenID Connect provider; empty: no login through one")
+    oidc_client_id: str = option("", "client id at the provider")
+    oidc_client_secret: str = option("", "client secret at the provider", secret=True)
+    oidc_ca: Path = option(Path(), "file of CA certificates for the provider; empty: the system's")
+    oidc_organisation: str = option("", "organisation that new users of the provider join; empty: none may join")
+    oidc_role: str = option("member", "role of users who join", check=one_of("viewer", "member", "admin"))

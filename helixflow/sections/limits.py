@@ -1,0 +1,24 @@
+"""Section `[limits]`: rate limits and budgets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from helixflow.options import between, option
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """Rate limits and budgets."""
+
+    redis_url: str = option(
+        "", "redis://, rediss:// (TLS) or unix:// URL; empty: PostgreSQL counts", env="HELIX_REDIS_URL", secret=True
+    )
+    redis_ca: Path = option(Path(), "file of CA certificates for Redis; empty: the system's")
+    redis_timeout_ms: int = option(200, "time for one answer of Redis (milliseconds)", check=between(1, 60_000))
+    default_max_tokens: int = option(
+        1024, "completion tokens reserved for a request that names no maximum", check=between(1, 1 << 20)
+    )
+    currency: str = option("USD", "what prices and budgets are in; only shown")
+    lease_timeout_ms: int = option(
+        1000, "a gateway that got no answer by then counts by itself (milliseconds)", check=between(10, 60_000)
+    )

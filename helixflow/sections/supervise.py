@@ -1,0 +1,14 @@
+"""Section `[supervise]`: how `helixflow serve` keeps its services up."""
+
+from dataclasses import dataclass
+
+from helixflow.options import between, option
+
+
+@dataclass(frozen=True, slots=True)
+class SuperviseConfig:
+    """How `helixflow serve` keeps its services up."""
+
+    ready_timeout_s: float = option(120.0, "a service must be ready within this time (seconds)", check=between(1, 3600))
+    backoff_min_s: float = option(0.2, "first pause before a restart (seconds)", check=between(0.01, 60))
+    backoff_max_s: float = option(10.0, "longest pause before a restart (seconds)", check=between(0.01, 600))
