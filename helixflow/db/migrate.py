@@ -1,6 +1,8 @@
 """Numbered SQL migrations: forward only, each in a transaction, each exactly once.
 
-A file is `migrations/NNNN_name.sql`. The ledger `helixflow.migrations`, which 0001 makes, holds the hash of every
+A file is `migrations/NNNN_name.sql`. Its line `-- min-reader: NNNN` names the lowest last migration of a release that can
+run on the schema with it: a migration that only adds things names the last one of the release before, one that changes or
+removes what that release uses names itself, as do those without such a line. The ledger `helixflow.migrations`, which 0001 makes, holds the hash of every
 applied file. A session's advisory lock lets one migrator work at a time; the others wait and then find nothing to do.
 """
 
@@ -26,6 +28,11 @@ WAIT_S = 120
 DDL_LOCK_MS = 5000
 """A migration waits this long (milliseconds) for a table: whoever comes after it waits as well."""
 
+_READER = re.compile(r"^-- min-reader: (\d{4})$", re.MULTILINE)
+_HAS_READERS = """
+SELECT EXISTS (SELECT FROM pg_attribute
+WHERE attrelid = 'helixflow.migrations'::regclass AND attname = 'min_reader' AND NOT attisdropped)
+"""
 _NAME = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 _TRANSACTION = re.compile(
     r"^\s*(begin|start\s+transaction|commit|rollback)(\s+(work|transaction))?\s*;", re.IGNORECASE | re.MULTILINE
@@ -40,6 +47,8 @@ class Migration:
     name: str
     sha256: str
     sql: str
+    min_reader: int | None = None
+    """A release whose last migration is this or a later one can run on the schema with it; None: not without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,7 @@ class Applied:
     applied_at: str | None = None
     """RFC 3339, UTC."""
     duration_ms: int = 0
+    min_reader: int | None = None
 
 
 def read(folder: Path = FOLDER) -> list[Migration]:
@@ -65,7 +75,9 @@ def read(folder: Path = FOLDER) -> list[Migration]:
         sql = content.decode()
         if _TRANSACTION.search(sql):
             raise MigrationError(f"{path.name} begins or ends a transaction; every migration already runs in one")
-        found.append(Migration(int(match[1]), match[2], hashlib.sha256(content).hexdigest(), sql))
+        found.append(
+            Migration(int(match[1]), match[2], hashlib.sha256(content).hexdigest(), sql, _min_reader(path.name, sql))
+        )
     for expected, each in enumerate(found, 1):
         if each.number != expected:
             raise MigrationError(
@@ -75,16 +87,28 @@ def read(folder: Path = FOLDER) -> list[Migration]:
     return found
 
 
+def _min_reader(name: str, sql: str) -> int | None:
+    found = [int(number) for number in _READER.findall(sql)]
+    if len(found) > 1 or any(not 1 <= number <= int(name[:4]) for number in found):
+        raise MigrationError(f"{name}: `-- min-reader: NNNN` names, once, one of the migrations up to its own")
+    return found[0] if found else None
+
+
 def pending(files: Sequence[Migration], applied: Sequence[Applied]) -> list[Migration]:
-    """What is left to apply. Raises MigrationError when the ledger does not fit the files."""
+    """What is left to apply. Raises MigrationError when the ledger does not fit the files.
+
+    Migrations of a newer release fit when they say that this one can run beside them: an upgrade may be rolling.
+    """
     for expected, row in enumerate(applied, 1):
         label = f"{row.number:04}_{row.name}"
         if row.number != expected:
             raise MigrationError(f"the ledger lacks migration {expected:04} but holds {label}: restore a backup")
         if row.number > len(files):
+            if row.min_reader is not None and row.min_reader <= len(files):
+                continue
             raise MigrationError(
-                f"the database holds migration {label}, which this release does not know: a newer release made it. "
-                "Run that release, or restore a backup from before the upgrade"
+                f"the database holds migration {label}, which this release does not know and cannot run beside: a "
+                "newer release made it. Run that release, or restore a backup from before the upgrade"
             )
         if files[expected - 1].sha256 != row.sha256:
             raise MigrationError(
@@ -99,11 +123,17 @@ async def ledger(connection: Any) -> list[Applied]:
     """The applied migrations, in order; empty on a fresh database."""
     if await connection.fetchval("SELECT to_regclass('helixflow.migrations')") is None:
         return []
-    rows = await connection.fetch(
-        "SELECT number, name, sha256, applied_at, duration_ms FROM helixflow.migrations ORDER BY number"
-    )
+    # Not a list of columns: the first releases had no min_reader.
+    rows = await connection.fetch("SELECT * FROM helixflow.migrations ORDER BY number")
     return [
-        Applied(row["number"], row["name"], row["sha256"], row["applied_at"].isoformat(), row["duration_ms"])
+        Applied(
+            row["number"],
+            row["name"],
+            row["sha256"],
+            row["applied_at"].isoformat(),
+            row["duration_ms"],
+            row.get("min_reader"),
+        )
         for row in rows
     ]
 
@@ -162,6 +192,12 @@ async def _apply(connection: Any, migration: Migration) -> None:
                 migration.sha256,
                 int((time.monotonic() - began) * 1000),
             )
+            if migration.min_reader is not None and await connection.fetchval(_HAS_READERS):
+                await connection.execute(
+                    "UPDATE helixflow.migrations SET min_reader = $2 WHERE number = $1",
+                    migration.number,
+                    migration.min_reader,
+                )
     except asyncpg.LockNotAvailableError:
         raise MigrationError(
             f"migration {label} waited {DDL_LOCK_MS} ms for a table in use and gave up, so as not to block others; "

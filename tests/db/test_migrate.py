@@ -151,10 +151,56 @@ def test_a_changed_file_is_refused() -> None:
         migrate.pending([FIRST], applied)
 
 
-def test_a_newer_database_is_refused() -> None:
-    applied = [Applied(1, FIRST.name, FIRST.sha256), Applied(2, "later", "2" * 64)]
-    with pytest.raises(MigrationError, match="0002_later, which this release does not know: a newer release"):
+def _newer(*readers: int | None) -> list[Applied]:
+    later = [Applied(n, "later", "2" * 64, min_reader=reader) for n, reader in enumerate(readers, 2)]
+    return [Applied(1, FIRST.name, FIRST.sha256), *later]
+
+
+def test_a_newer_database_that_only_has_more_is_run_on() -> None:
+    assert migrate.pending([FIRST], _newer(1, 1)) == []
+
+
+@pytest.mark.parametrize("readers", [(None,), (2,), (1, 2), (1, None, 1)])
+def test_a_newer_database_is_refused(readers: tuple[int | None, ...]) -> None:
+    with pytest.raises(MigrationError, match=r"0[0-9]+_later, which this release does not know and cannot run beside"):
+        migrate.pending([FIRST], _newer(*readers))
+
+
+def test_a_newer_database_of_which_something_known_was_changed_is_refused() -> None:
+    applied = [Applied(1, "installation", "0" * 64), Applied(2, "later", "2" * 64, min_reader=1)]
+    with pytest.raises(MigrationError, match="was changed after it had been applied"):
         migrate.pending([FIRST], applied)
+    with pytest.raises(MigrationError, match="lacks migration 0002"):
+        migrate.pending([FIRST], [*_newer(1)[:1], Applied(3, "later", "2" * 64, min_reader=1)])
+
+
+@pytest.mark.parametrize("line", ["-- min-reader: 0000", "-- min-reader: 0002", "-- min-reader: 0001\n-- min-reader: 0001"])
+def test_a_file_names_its_readers_once_and_among_those_before_it(tmp_path: Path, line: str) -> None:
+    (tmp_path / "0001_a.sql").write_text(f"{line}\nCREATE TABLE t (x int);\n")
+    with pytest.raises(MigrationError, match="0001_a.sql: `-- min-reader: NNNN` names, once"):
+        migrate.read(tmp_path)
+
+
+def test_every_migration_says_which_releases_it_leaves_running() -> None:
+    """The last release had four. See the first lines of `helixflow/db/migrate.py`."""
+    assert [each.name for each in migrate.read() if each.number > 4 and each.min_reader is None] == []
+
+
+def test_an_old_release_runs_on_what_a_new_one_has_made(server: Server) -> None:
+    target, files = server.database(), migrate.read()
+    reader = len(files)
+    more = "CREATE TABLE helixflow.future (x int)"
+    future = [
+        Migration(reader + 1, "future", "f" * 64, more, min_reader=reader),
+        Migration(reader + 2, "contract", "e" * 64, "DROP TABLE helixflow.future", min_reader=reader + 1),
+    ]
+    assert asyncio.run(_migrate(target, [*files, future[0]]))[-1] == reader + 1
+    assert asyncio.run(_migrate(target, files)) == []
+    assert asyncio.run(_ledger(target))[-1].min_reader == reader
+    assert asyncio.run(_migrate(target, [*files, *future])) == [reader + 2]
+    with pytest.raises(MigrationError, match="_contract, which this release does not know"):
+        asyncio.run(_migrate(target, files))
+    assert asyncio.run(_migrate(target, [*files, future[0]])) == [], "the release that knew of the table's end"
 
 
 def test_a_hole_in_the_ledger_is_refused() -> None:
@@ -222,6 +268,7 @@ DATA = {
         INSERT INTO limit_budgets (subject, metric, window_start, used, lapses_ms) VALUES
             ('user:00000000-0000-4000-8000-000000000002', 4, 1700000000, 42, 9999999999999);
     """,
+    "readers": "SELECT 1",
     "ledger": """
         SELECT requests_partition('2026-11-01');
         INSERT INTO requests (id, at, sequence, status, hash, gateway, prompt_tokens, cached_tokens, completion_tokens,
@@ -249,17 +296,21 @@ async def _rows(target: Target) -> dict[str, list[dict[str, Any]]]:
 
 
 async def _schema(target: Target) -> list[str]:
-    """Columns, constraints, indexes, triggers and functions."""
+    """Columns, constraints, indexes, triggers and functions; without partitions, which the service makes by the month."""
     connection = await connect(target)
     try:
         rows = await connection.fetch(
             """
+            WITH tables AS (
+                SELECT oid, relname FROM pg_class WHERE relnamespace = 'helixflow'::regnamespace AND NOT relispartition
+            )
             SELECT format('%s.%s %s %s %s', table_name, column_name, data_type, is_nullable, column_default)
-                FROM information_schema.columns WHERE table_schema = 'helixflow'
-            UNION ALL SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid)
-                FROM pg_constraint WHERE connamespace = 'helixflow'::regnamespace
-            UNION ALL SELECT indexdef FROM pg_indexes WHERE schemaname = 'helixflow'
-            UNION ALL SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
+                FROM information_schema.columns JOIN tables ON relname = table_name WHERE table_schema = 'helixflow'
+            UNION ALL SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(c.oid)
+                FROM pg_constraint c JOIN tables t ON t.oid = conrelid
+            UNION ALL SELECT indexdef FROM pg_indexes JOIN tables ON relname = tablename WHERE schemaname = 'helixflow'
+            UNION ALL SELECT pg_get_triggerdef(g.oid) FROM pg_trigger g JOIN tables t ON t.oid = tgrelid
+                WHERE NOT tgisinternal
             UNION ALL SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'helixflow'::regnamespace
             ORDER BY 1
             """
