@@ -20,6 +20,7 @@ from helixflow.sections.gateway import DEFAULT_AUTH, DEFAULT_POOLS, GatewayConfi
 from helixflow.sections.ledger import LedgerConfig
 from helixflow.sections.limits import LimitsConfig
 from helixflow.sections.log import LogConfig
+from helixflow.sections.pki import PkiConfig
 from helixflow.sections.pool import PoolConfig
 from helixflow.sections.supervise import SuperviseConfig
 
@@ -40,6 +41,7 @@ __all__ = [
     "LedgerConfig",
     "LimitsConfig",
     "LogConfig",
+    "PkiConfig",
     "PoolConfig",
     "SuperviseConfig",
     "checkout",
@@ -115,6 +117,7 @@ class Config:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
+    pki: PkiConfig = field(default_factory=PkiConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
 
     @property
@@ -131,6 +134,7 @@ SECTIONS: dict[str, type[Any]] = {
     "limits": LimitsConfig,
     "ledger": LedgerConfig,
     "database": DatabaseConfig,
+    "pki": PkiConfig,
     "supervise": SuperviseConfig,
 }
 

@@ -13,6 +13,7 @@ from helixflow.db.embedded import STOP_TIMEOUT_S
 from helixflow.engine.recipe import pool_recipe
 from helixflow.errors import EX_UNAVAILABLE, EX_USAGE, StartError
 from helixflow.options import Address
+from helixflow.pki import keeper
 from helixflow.process import PARENT_PID, has_terminal
 from helixflow.service import Service
 
@@ -41,7 +42,7 @@ def run(config: Config, say: Callable[[str], None]) -> int:
 async def prepare(config: Config, say: Callable[[str], None]) -> None:
     """Certificates and engine: makes what is missing. Raises StartError."""
     say(f"certificates  {config.certs}")
-    await _command("pki", "init", "--dir", str(config.certs))
+    await _command("pki", "init", *keeper.options(config))
     if config.pool.engine != "scripted":
         model, recipe = model_of(config), pool_recipe(config.pool)
         say(f"engine        {config.pool.model_id} ({model}), {recipe.kind} {recipe.precision}")
@@ -98,6 +99,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._signals.put_nowait, number)
         start = asyncio.create_task(self._start())
         stop = asyncio.create_task(self._until_stop())
+        renewal: asyncio.Task[None] | None = None
         try:
             await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not start.done():
@@ -106,8 +108,11 @@ class Supervisor:
                 return 0
             start.result()
             self._say(self._banner())
+            renewal = asyncio.create_task(keeper.keep(self._config))
             return await self._watch(stop)
         finally:
+            if renewal is not None:
+                renewal.cancel()
             stop.cancel()
             await self._stop()
 

@@ -8,13 +8,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from helixflow.pki import files, keys
+from helixflow.pki import files, keys, names, scope
 from helixflow.pki.errors import PkiError
 from helixflow.pki.keys import PrivateKey
 from helixflow.pki.layout import Layout, Role
 
 CA_DAYS = 3650
-LEAF_DAYS = 365
+LEAF_DAYS = 90
+DUE_DAYS = 30
+"""A certificate is due for renewal when less than this, or than a third of its life, is left."""
 CRL_DAYS = 30
 """A list that nobody signs anew for this long is not believed any more, and then nobody is."""
 BACKDATE = timedelta(minutes=5)
@@ -31,23 +33,22 @@ class Authority:
     key: PrivateKey
 
     @classmethod
-    def create(cls, key: PrivateKey, now: datetime | None = None) -> "Authority":
-        """A new self-signed CA, valid for ten years, that signs end-entity certificates only (path length 0)."""
+    def create(
+        cls, key: PrivateKey, permitted: Iterable[x509.GeneralName] = scope.STANDARD, now: datetime | None = None
+    ) -> "Authority":
+        """A new self-signed CA, valid for ten years, that signs end-entity certificates only (path length 0).
+
+        `permitted`: subtrees of the names that it may certify (RFC 5280, section 4.2.1.10).
+        """
         start = now or _now()
-        # The year tells successive CAs apart: webpki and OpenSSL find an issuer by its name.
+        # The date tells successive CAs apart: webpki and OpenSSL find an issuer by its name.
         name = _name(f"HelixFlow CA {start:%Y-%m-%d}")
-        public = key.public_key()
-        builder = (
-            x509.CertificateBuilder(issuer_name=name, subject_name=name, public_key=public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(start - BACKDATE)
-            .not_valid_after(start + timedelta(days=CA_DAYS))
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(ca=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
-        )
-        return cls(builder.sign(key, hashes.SHA256()), key)
+        return cls(_self_signed(key, name, permitted, start, start + timedelta(days=CA_DAYS)), key)
+
+    def permitting(self, permitted: Iterable[x509.GeneralName], now: datetime | None = None) -> "Authority":
+        """The same CA (name, key, end) with other name constraints: what it signed stays valid under both."""
+        end = self.cert.not_valid_after_utc
+        return Authority(_self_signed(self.key, self.cert.subject, permitted, now or _now(), end), self.key)
 
     @classmethod
     def load(cls, layout: Layout, now: datetime | None = None) -> "Authority":
@@ -59,7 +60,7 @@ class Authority:
                 "the CA's private key is not here, so nothing can be signed",
                 "Put it back from where you keep it, or run this on the machine that has it.",
             )
-        key = keys.load_private(layout.ca_key)
+        key = keys.load_private(layout.ca_key, layout.passphrase)
         public = keys.public_der(key.public_key())
         for cert in roots:
             if keys.public_der(cert.public_key()) == public:
@@ -76,11 +77,14 @@ class Authority:
         name: str,
         role: Role,
         key: PrivateKey,
-        names: Iterable[x509.GeneralName],
+        alternatives: Iterable[x509.GeneralName],
         days: int = LEAF_DAYS,
         now: datetime | None = None,
     ) -> x509.Certificate:
-        """A certificate of service `name` for one side of a connection, never valid for longer than the CA."""
+        """A certificate of service `name` for one side of a connection, never valid for longer than the CA.
+
+        `alternatives`: its names, see `alternatives`.
+        """
         start = now or _now()
         public = key.public_key()
         return (
@@ -92,11 +96,29 @@ class Authority:
             # TLS 1.3 only signs: no key is ever encrypted to a certificate.
             .add_extension(_usage(ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([EKU[role]]), critical=False)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
             .add_extension(self._identifier(), critical=False)
             .sign(self.key, hashes.SHA256())
         )
+
+    def alternatives(self, name: str, extra: Iterable[x509.GeneralName] = ()) -> list[x509.GeneralName]:
+        """The standard names of service `name`, as far as this CA may certify them, and all of `extra`.
+
+        Raises PkiError when it may not certify one of these.
+        """
+        permitted = scope.of(self.cert)
+        wanted = names.merge(extra)
+        for item in wanted:
+            if not scope.permits(permitted, item):
+                raise PkiError(
+                    None,
+                    f"this CA may not certify {names.text(item)}",
+                    f"Run: helixflow pki permit {names.text(item)}. It signs the CA certificate anew, with the same "
+                    "key: what was issued stays valid; give the new file to clients that use this name.",
+                )
+        # The plain name of a service that was added later: `permit` is for those who want it.
+        return names.merge((item for item in names.standard(name) if scope.permits(permitted, item)), wanted)
 
     def revocation_list(
         self, revoked: Mapping[int, datetime], number: int, now: datetime | None = None
@@ -142,8 +164,32 @@ def check_dates(layout: Layout, cert: x509.Certificate, now: datetime) -> None:
         )
 
 
+def due_at(cert: x509.Certificate) -> datetime:
+    """When a certificate is to be renewed."""
+    start, end = cert.not_valid_before_utc, cert.not_valid_after_utc
+    return end - min(timedelta(days=DUE_DAYS), (end - start) / 3)
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def _self_signed(
+    key: PrivateKey, name: x509.Name, permitted: Iterable[x509.GeneralName], start: datetime, end: datetime
+) -> x509.Certificate:
+    public = key.public_key()
+    return (
+        x509.CertificateBuilder(issuer_name=name, subject_name=name, public_key=public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start - BACKDATE)
+        .not_valid_after(end)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(ca=True), critical=True)
+        .add_extension(x509.NameConstraints(list(permitted), None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
+        .sign(key, hashes.SHA256())
+    )
 
 
 def _name(common: str) -> x509.Name:

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helixflow.pki import passphrase
 from helixflow.pki.errors import PkiError
 from helixflow.pki.layout import Layout
 
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from helixflow.pki.keys import KeyType
 
 KEY_TYPES = ("rsa-4096", "ecdsa-p256")
-DUE_DAYS = 30
-"""`renew` without a name replaces what ends within this many days."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -33,6 +33,14 @@ def add_parser(subparsers: Any) -> None:
         "Nothing that exists is overwritten.",
     )
     _making(init, "the CA's, rsa-4096 for a new CA")
+    init.add_argument(
+        "--permit",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a domain, address or network that a CA made now may certify beside private ones; may be repeated",
+    )
+    init.add_argument("--encrypt-ca-key", action="store_true", help="store the key of a CA made now encrypted")
 
     issue = _command(
         commands,
@@ -49,9 +57,9 @@ def add_parser(subparsers: Any) -> None:
         "renew",
         _renew,
         "replace certificates and keys, sign the revocation list anew",
-        f"Replace certificates and keys: of the named services, of all (--all), or, with neither, what ends within "
-        f"{DUE_DAYS} days. Running services pick the new files up. A revocation list is signed anew as well, so run "
-        "this at least monthly once there is one.",
+        "Replace certificates and keys: of the named services, of all (--all), or, with neither, what is due: less "
+        "than 30 days or a third of its life is left, of a revocation list a half. Running services pick the new files "
+        "up. `helixflow serve` does that by itself where it can sign.",
     )
     renew.add_argument("names", metavar="NAME", nargs="*", help="the services")
     renew.add_argument("--all", action="store_true", help="every service")
@@ -73,6 +81,27 @@ def _add_others(commands: Any) -> None:
     )
     revoke.add_argument("name", metavar="NAME", nargs="?", help="the service")
     revoke.add_argument("--serial", type=_serial, metavar="HEX", help="serial number, as `show` prints it")
+
+    permit = _command(
+        commands,
+        "permit",
+        _permit,
+        "let the CA certify more names",
+        "Sign the CA certificate anew with further names that it may certify; key and issued certificates stay. "
+        "Clients that use such a name need the new file. Without a name: give a CA that has no name constraints the "
+        "standard ones.",
+    )
+    permit.add_argument("names", metavar="NAME", nargs="*", help="a domain, address or network")
+
+    encrypt = _command(
+        commands,
+        "encrypt-ca-key",
+        _encrypt_ca_key,
+        "encrypt the CA's key, or change its passphrase",
+        "Store the CA's private key encrypted with a passphrase, asked for on the terminal unless a file has it.",
+    )
+    encrypt.add_argument("--new-passphrase-file", type=Path, metavar="FILE", help="file with the new passphrase")
+    encrypt.add_argument("--decrypt", action="store_true", help="store it unencrypted instead")
 
     _command(
         commands,
@@ -111,8 +140,13 @@ def run(options: argparse.Namespace) -> int:
         from helixflow.config import default_certs_dir
 
         directory = default_certs_dir()
+    place, words = options.ca_key, options.ca_passphrase_file
+    if place is None and os.environ.get("HELIX_PKI_CA_KEY"):
+        place = Path(os.environ["HELIX_PKI_CA_KEY"])
+    if words is None and os.environ.get("HELIX_PKI_CA_PASSPHRASE_FILE"):
+        words = Path(os.environ["HELIX_PKI_CA_PASSPHRASE_FILE"])
     try:
-        status: int = options.command(Layout(directory), options)
+        status: int = options.command(Layout(directory, place, passphrase.find(words)), options)
     except PkiError as error:
         print(f"helixflow pki: {error}", file=sys.stderr)
         return error.exit_status
@@ -130,6 +164,18 @@ def _command(
     parser.add_argument(
         "--dir", type=Path, metavar="DIR", help="certificate directory (default: HELIX_CERTS, or certs/)"
     )
+    parser.add_argument(
+        "--ca-key",
+        type=Path,
+        metavar="FILE",
+        help="private key of the CA, when it is kept elsewhere (HELIX_PKI_CA_KEY)",
+    )
+    parser.add_argument(
+        "--ca-passphrase-file",
+        type=Path,
+        metavar="FILE",
+        help="file with its passphrase (HELIX_PKI_CA_PASSPHRASE_FILE); else the terminal is asked",
+    )
     parser.set_defaults(run=run, command=command)
     return parser
 
@@ -143,9 +189,7 @@ def _making(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="NAME",
         help="one more DNS name or address in the certificates made now; may be repeated",
     )
-    parser.add_argument(
-        "--days", type=_days, default=365, metavar="DAYS", help="how long they are valid (default: 365)"
-    )
+    parser.add_argument("--days", type=_days, default=90, metavar="DAYS", help="how long they are valid (default: 90)")
 
 
 def _days(text: str) -> int:
@@ -179,7 +223,17 @@ def _progress(finished: int, total: int) -> None:
 def _init(layout: Layout, options: argparse.Namespace) -> int:
     from helixflow.pki import issue
 
-    made = issue.init(layout, key_type=_key_type(options), san=options.san, days=options.days, progress=_progress)
+    # Only a CA that is made now has a key to encrypt.
+    encrypted = options.encrypt_ca_key and not layout.ca_cert.exists()
+    made = issue.init(
+        layout,
+        key_type=_key_type(options),
+        san=options.san,
+        days=options.days,
+        permit=options.permit,
+        passphrase=passphrase.choose(options.ca_passphrase_file) if encrypted else None,
+        progress=_progress,
+    )
     for path in made:
         print(f"made {path}")
     if not made:
@@ -205,22 +259,28 @@ def _renew(layout: Layout, options: argparse.Namespace) -> int:
 
     if options.all and options.names:
         raise PkiError(None, "names and --all exclude each other", "Give either.")
-    due_only = not options.all and not options.names
-    replaced = rotate.renew(
-        layout,
-        options.names,
-        within_days=options.within if options.within is not None else (DUE_DAYS if due_only else None),
-        key_type=_key_type(options),
-        san=options.san,
-        days=options.days,
-        progress=_progress,
-    )
+    if options.all or options.names or options.within is not None:
+        replaced = rotate.renew(
+            layout,
+            options.names,
+            within_days=options.within,
+            key_type=_key_type(options),
+            san=options.san,
+            days=options.days,
+            progress=_progress,
+        )
+    elif options.san or options.key_type:
+        raise PkiError(
+            None, "--san and --key-type change certificates that are not due", "Name services, or give --all."
+        )
+    else:
+        replaced = rotate.renew_due(layout, days=options.days, progress=_progress)
     for pair in replaced:
         print(f"renewed {pair.cert} and {pair.key.name}")
     if not replaced:
         print("nothing to renew: no certificate ends that soon")
     if layout.crl.exists():
-        print(f"signed {layout.crl}")
+        print(f"the revocation list {layout.crl} is current")
     return 0
 
 
@@ -237,6 +297,25 @@ def _revoke(layout: Layout, options: argparse.Namespace) -> int:
     print(f"signed {layout.crl}")
     if options.name is not None:
         print(f"to give {options.name} new certificates: helixflow pki renew {options.name}")
+    return 0
+
+
+def _permit(layout: Layout, options: argparse.Namespace) -> int:
+    from helixflow.pki import rotate
+
+    added = rotate.permit(layout, options.names)
+    for name in added:
+        print(f"may certify {name} from now on")
+    print(f"signed {layout.ca_cert}" if added else "nothing to do: the CA may certify all of that already")
+    return 0
+
+
+def _encrypt_ca_key(layout: Layout, options: argparse.Namespace) -> int:
+    from helixflow.pki import rotate
+
+    fresh = None if options.decrypt else passphrase.choose(options.new_passphrase_file)
+    rotate.encrypt_ca_key(layout, fresh)
+    print(f"stored {layout.ca_key} {'un' if fresh is None else ''}encrypted")
     return 0
 
 

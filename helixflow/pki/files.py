@@ -17,14 +17,14 @@ def read(path: Path) -> bytes:
     return _read(path)[0]
 
 
-def read_private(path: Path) -> bytes:
-    """The content of a private key file. Raises PkiError, also when the group or others may read it."""
+def read_private(path: Path, what: str = "a private key") -> bytes:
+    """The content of a secret's file. Raises PkiError, also when the group or others may read it."""
     # The mode is that of the open file: what was checked is what was read.
     content, mode = _read(path)
     if mode & 0o077:
         raise PkiError(
             path,
-            f"a private key that the group or others can get at (mode {mode & 0o7777:04o}) is not used",
+            f"{what} that the group or others can get at (mode {mode & 0o7777:04o}) is not used",
             f"Run: chmod 600 {path}. If others may have read it, renew it as well.",
         )
     return content

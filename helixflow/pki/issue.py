@@ -7,7 +7,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from helixflow.pki import files, keys, names, pairs
+from helixflow.pki import files, keys, names, pairs, scope
 from helixflow.pki.authority import LEAF_DAYS, Authority, load_roots
 from helixflow.pki.errors import PkiError
 from helixflow.pki.keys import KeyType, PrivateKey, Progress, quiet
@@ -20,14 +20,17 @@ def init(
     key_type: KeyType | None = None,
     san: Sequence[str] = (),
     days: int = LEAF_DAYS,
+    permit: Sequence[str] = (),
+    passphrase: bytes | None = None,
     progress: Progress = quiet,
     now: datetime | None = None,
 ) -> list[Path]:
     """Makes every file that is missing and returns those; a second run makes none.
 
     What exists is never overwritten, except one half of a certificate-and-key pair whose other half is gone, which is
-    of no use. `key_type` None: that of the CA, RSA-4096 for a new one. `san` goes into each certificate made now.
-    Raises PkiError when the CA is not whole, and says what to do.
+    of no use. `key_type` None: that of the CA, RSA-4096 for a new one. `san` goes into each certificate made now; a CA
+    made now may certify these names and those of `permit` beside the standard ones, and its key is encrypted with
+    `passphrase`. Raises PkiError when the CA is not whole, and says what to do.
     """
     extra = names.parse(san)
     with files.locked(layout.directory):
@@ -35,7 +38,7 @@ def init(
         new_ca = _needs_ca(layout, missing)
         authority = None if new_ca or not missing else Authority.load(layout, now)
         # An interrupted run leaves the key alone; a CA is then made with it.
-        ca_key = keys.load_private(layout.ca_key) if new_ca and layout.ca_key.exists() else None
+        ca_key = keys.load_private(layout.ca_key, layout.passphrase) if new_ca and layout.ca_key.exists() else None
         kind = key_type or _kind(authority, ca_key)
         new_jwt = _needs_jwt(layout)
 
@@ -47,7 +50,9 @@ def init(
         made: list[Path] = []
         jwt_key = fresh.pop() if new_jwt else None
         if new_ca:
-            authority = _publish_ca(layout, ca_key or fresh.pop(), made, now)
+            permitted = scope.extended(scope.STANDARD, [*extra, *names.parse_subtrees(permit)])
+            authority = Authority.create(ca_key or fresh.pop(), permitted, now)
+            _publish_ca(layout, authority, passphrase, made)
         if authority is not None:
             _publish_pairs(authority, missing, fresh, extra, days, now)
             made += [path for pair in missing for path in (pair.cert, pair.key)]
@@ -138,15 +143,13 @@ def _needs_jwt(layout: Layout) -> bool:
     return True
 
 
-def _publish_ca(layout: Layout, key: PrivateKey, made: list[Path], now: datetime | None) -> Authority:
-    authority = Authority.create(key, now)
+def _publish_ca(layout: Layout, authority: Authority, passphrase: bytes | None, made: list[Path]) -> None:
     if not layout.ca_key.exists():
-        files.write(layout.ca_key, keys.to_pem(key), private=True, replace=False)
+        files.write(layout.ca_key, keys.to_pem(authority.key, passphrase), private=True, replace=False)
         made.append(layout.ca_key)
     content = authority.cert.public_bytes(serialization.Encoding.PEM)
     files.write(layout.ca_cert, content, private=False, replace=False)
     made.append(layout.ca_cert)
-    return authority
 
 
 def _publish_pairs(
@@ -161,7 +164,7 @@ def _publish_pairs(
         [
             (
                 pair,
-                authority.issue(pair.name, pair.role, key, names.merge(names.standard(pair.name), extra), days, now),
+                authority.issue(pair.name, pair.role, key, authority.alternatives(pair.name, extra), days, now),
                 key,
             )
             for pair, key in zip(wanted, fresh, strict=True)

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
 from helixflow.pki import files
 from helixflow.pki.errors import PkiError
+from helixflow.pki.passphrase import Passphrase, unattended
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 Progress = Callable[[int, int], None]
@@ -47,11 +48,12 @@ def generate_all(kinds: Sequence[KeyType], progress: Progress = quiet) -> list[P
     return [job.result() for job in jobs]
 
 
-def to_pem(key: PrivateKey) -> bytes:
-    """Unencrypted PKCS#8."""
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+def to_pem(key: PrivateKey, passphrase: bytes | None = None) -> bytes:
+    """PKCS#8; with a passphrase encrypted (PBES2, AES-256)."""
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase is not None:
+        encryption = serialization.BestAvailableEncryption(passphrase)
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
 
 
 def public_pem(key: PrivateKey) -> bytes:
@@ -66,19 +68,30 @@ def public_der(key: object) -> bytes:
     return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def load_private(path: Path) -> PrivateKey:
-    """Reads a private key and tries it. Raises PkiError, also when others may read it."""
+def load_private(path: Path, passphrase: Passphrase = unattended) -> PrivateKey:
+    """Reads a private key and tries it. Raises PkiError, also when others may read it.
+
+    `passphrase` is asked when the key is encrypted.
+    """
     content = files.read_private(path)
+    password = passphrase(path) if is_encrypted(content) else None
     try:
         # OpenSSL's own check of an RSA key tests its primes for 0.2 s; a signature proves as much in 2 ms.
-        key = serialization.load_pem_private_key(content, password=None, unsafe_skip_rsa_key_validation=True)
+        key = serialization.load_pem_private_key(content, password, unsafe_skip_rsa_key_validation=True)
     except (ValueError, TypeError) as error:
-        raise PkiError(path, "is not an unencrypted PEM private key") from error
+        if password is not None:
+            raise PkiError(path, "does not open with this passphrase", "Or the file is damaged.") from error
+        raise PkiError(path, "is not a PEM private key") from error
     if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
         raise PkiError(path, "is neither an RSA nor an ECDSA key")
     if not _works(key):
         raise PkiError(path, "is damaged: what it signs does not verify", "Put a copy back, or renew it.")
     return key
+
+
+def is_encrypted(content: bytes) -> bool:
+    """Whether a PEM private key needs a passphrase (RFC 7468 section 11, RFC 1421 section 4.6.1.1)."""
+    return b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in content or b"Proc-Type: 4,ENCRYPTED" in content
 
 
 def _works(key: PrivateKey) -> bool:

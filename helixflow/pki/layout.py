@@ -1,11 +1,12 @@
 """Names and places: the services, their files, their identities."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from helixflow.pki.errors import PkiError
+from helixflow.pki.passphrase import Passphrase, refuse
 
 SERVICES = ("api-gateway", "auth-service", "inference-pool", "monitoring")
 TRUST_DOMAIN = "helixflow.local"
@@ -34,9 +35,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Layout:
-    """The certificate directory."""
+    """The certificate directory, and how to get at the CA's key: `ca_key_file` when it is kept elsewhere."""
 
     directory: Path
+    ca_key_file: Path | None = None
+    passphrase: Passphrase = field(default=refuse, repr=False, compare=False)
 
     @property
     def ca_cert(self) -> Path:
@@ -46,7 +49,7 @@ class Layout:
     @property
     def ca_key(self) -> Path:
         """The CA's private key: needed to issue and revoke only, so it may be kept elsewhere."""
-        return self.directory / f"{CA_NAME}-key.pem"
+        return self.ca_key_file or self.directory / f"{CA_NAME}-key.pem"
 
     @property
     def crl(self) -> Path:

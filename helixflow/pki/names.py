@@ -69,6 +69,21 @@ def _parse(text: str) -> x509.GeneralName:
     )
 
 
+def parse_subtrees(values: Iterable[str]) -> list[x509.GeneralName]:
+    """As `parse`, and networks (`10.0.0.0/8`), for what a CA may certify. Raises PkiError."""
+    found: list[x509.GeneralName] = []
+    for item in (item.strip() for value in values for item in value.split(",") if item.strip()):
+        network = item.removeprefix("IP:")
+        if "/" not in network:
+            found.append(_parse(item))
+            continue
+        try:
+            found.append(x509.IPAddress(ipaddress.ip_network(network)))
+        except ValueError as error:
+            raise PkiError(None, f"`{item}` is not a network: {error}", "Write it like 10.1.0.0/16.") from None
+    return found
+
+
 def merge(*lists: Iterable[x509.GeneralName]) -> list[x509.GeneralName]:
     """All names, each once, in order."""
     return list(dict.fromkeys(name for names in lists for name in names))

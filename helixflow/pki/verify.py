@@ -11,14 +11,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from helixflow.pki import files, keys, names, pairs, rotate
-from helixflow.pki.authority import EKU, load_roots
+from helixflow.pki import files, keys, names, pairs, rotate, scope
+from helixflow.pki.authority import EKU, due_at, load_roots
 from helixflow.pki.errors import PkiError
 from helixflow.pki.layout import Layout, Pair, Role, identity
+from helixflow.pki.passphrase import refuse
 
 T = TypeVar("T", bound=x509.ExtensionType)
 
-WARN_DAYS = 30
 CRL_WARN_DAYS = 7
 
 
@@ -96,7 +96,7 @@ def _dates(path: Path, cert: x509.Certificate, now: datetime, hint: str) -> Iter
         yield Finding(path, f"is not valid before {start:%Y-%m-%d %H:%M} UTC", "Is the clock right?")
     elif now > end:
         yield Finding(path, f"expired on {end:%Y-%m-%d %H:%M} UTC", hint)
-    elif end - now < timedelta(days=WARN_DAYS):
+    elif now >= due_at(cert):
         yield Finding(path, f"expires in {(end - now).days} days, on {end:%Y-%m-%d}", hint, warning=True)
 
 
@@ -114,6 +114,9 @@ def _roots(layout: Layout, now: datetime, roots: list[x509.Certificate]) -> Iter
             yield Finding(path, "is not a CA certificate (basic constraints)")
         if usage is None or not (usage.key_cert_sign and usage.crl_sign):
             yield Finding(path, "may not sign certificates and revocation lists (key usage)")
+        if scope.of(cert) is None:
+            reason = "has no name constraints: its key could make certificates for any name of the world"
+            yield Finding(path, reason, "Run: helixflow pki permit", warning=True)
 
 
 def _ca_key(layout: Layout, roots: list[x509.Certificate]) -> Iterator[Finding]:
@@ -121,7 +124,9 @@ def _ca_key(layout: Layout, roots: list[x509.Certificate]) -> Iterator[Finding]:
         reason = "is not here: nothing can be issued, renewed or revoked"
         yield Finding(layout.ca_key, reason, "Right if you keep it elsewhere.", warning=True)
         return
-    public = keys.public_der(keys.load_private(layout.ca_key).public_key())
+    if keys.is_encrypted(files.read_private(layout.ca_key)) and layout.passphrase is refuse:
+        return  # Right so, and nothing more can be said of it without the passphrase.
+    public = keys.public_der(keys.load_private(layout.ca_key, layout.passphrase).public_key())
     if roots and all(_public_der(cert) != public for cert in roots):
         yield Finding(layout.ca_key, f"does not belong to the certificate in {layout.ca_cert.name}")
 
@@ -163,16 +168,22 @@ def _cert(pair: Pair, roots: list[x509.Certificate], revoked: dict[int, datetime
     if purposes is None or list(purposes) != [EKU[pair.role]]:
         kind = "serverAuth" if pair.role is Role.SERVER else "clientAuth"
         yield Finding(pair.cert, f"is not a {pair.role.value} certificate (extended key usage {kind} alone)", renew)
-    yield from _names(pair, cert, renew)
+    yield from _names(pair, cert, roots, renew)
 
 
-def _names(pair: Pair, cert: x509.Certificate, renew: str) -> Iterator[Finding]:
+def _names(pair: Pair, cert: x509.Certificate, roots: list[x509.Certificate], renew: str) -> Iterator[Finding]:
     present = names.of(cert)
+    issuer = next((root for root in roots if _signed_by(cert, root)), None)
+    permitted = scope.of(issuer) if issuer is not None else None
+    beyond = [names.text(name) for name in present if not scope.permits(permitted, name)]
+    if beyond:
+        yield Finding(pair.cert, f"has names that its CA may not certify: {', '.join(beyond)}", renew)
     uris = [name.value for name in present if isinstance(name, x509.UniformResourceIdentifier)]
     if uris != [identity(pair.name)]:
         found = ", ".join(uris) or "none"
         yield Finding(pair.cert, f"its identity must be {identity(pair.name)}, but it has: {found}", renew)
-    lacking = [names.text(name) for name in names.required(pair.name) if name not in present]
+    required = [name for name in names.required(pair.name) if scope.permits(permitted, name)]
+    lacking = [names.text(name) for name in required if name not in present]
     lacking = [text for text in lacking if not text.startswith("URI:")]
     if lacking:
         yield Finding(pair.cert, f"lacks the names {', '.join(lacking)}", renew)

@@ -72,7 +72,7 @@ def test_show(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(described) == 9
     server = described["api-gateway.crt"]
     assert server["purposes"] == ["serverAuth"]
-    assert server["days_left"] == 364
+    assert server["days_left"] == 89
     assert server["key_type"] == "ECDSA secp256r1"
     assert server["not_after"].endswith("Z")
     assert len(server["sha256"]) == 64
@@ -95,6 +95,8 @@ def test_issue_renew_and_revoke(layout: Layout, capsys: pytest.CaptureFixture[st
     assert pki(layout, "renew", "--all", "--days", "5") == 0
     capsys.readouterr()
     assert pki(layout, "renew") == 0
+    assert "nothing to renew" in capsys.readouterr().out
+    assert pki(layout, "renew", "--within", "5") == 0
     assert capsys.readouterr().out.count("renewed ") == 10
 
     assert pki(layout, "revoke", "batch-runner") == 0
@@ -108,7 +110,7 @@ def test_issue_renew_and_revoke(layout: Layout, capsys: pytest.CaptureFixture[st
     assert pki(layout, "revoke", "--serial", "a0b") == 0
     assert "was revoked before: a0b" in capsys.readouterr().out
     assert pki(layout, "renew", "batch-runner") == 0
-    assert f"signed {layout.crl}" in capsys.readouterr().out
+    assert f"the revocation list {layout.crl} is current" in capsys.readouterr().out
     assert verify(layout).ok
 
 

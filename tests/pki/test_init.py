@@ -96,7 +96,7 @@ def test_a_certificate_is_right_for_its_role(layout: Layout, service: str, role:
     own = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     assert cert.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier == own.digest
     assert x509.SubjectKeyIdentifier in found
-    assert (cert.not_valid_after_utc - cert.not_valid_before_utc).days == 365
+    assert (cert.not_valid_after_utc - cert.not_valid_before_utc).days == 90
     assert cert.not_valid_before_utc <= datetime.now(UTC)
 
 

@@ -58,6 +58,7 @@ def test_only_what_ends_within_the_given_days(layout: Layout) -> None:
 
 
 def test_extra_names_and_the_kind_of_key_stay_unless_told_otherwise(layout: Layout) -> None:
+    rotate.permit(layout, ["example.com"])
     rotate.renew(layout, ["api-gateway"], san=["ai.example.com", "10.0.0.7"])
     rotate.renew(layout, ["api-gateway"], san=["10.0.0.8"])
     cert, _key = pairs.read(layout.pair("api-gateway", Role.SERVER))

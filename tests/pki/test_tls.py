@@ -87,6 +87,7 @@ def test_a_foreign_name_and_a_missing_certificate_are_refused(layout: Layout) ->
 
 def test_an_extra_name_and_a_revocation_are_seen(layout: Layout) -> None:
     client = layout.pair("api-gateway", Role.CLIENT)
+    rotate.permit(layout, ["gpu.example"])
     issue.issue(layout, "pool-2", san=["gpu.example", "10.9.8.7"])
     server = layout.pair("pool-2", Role.SERVER)
     assert meet(layout, server, client, "gpu.example") == ("TLSv1.3", "served")

@@ -108,7 +108,10 @@ WRONG_CERTS: dict[str, tuple[Callable[[Layout], None], list[str]]] = {
     "other role": (other_role, ["is not a server certificate"]),
     "names": (no_loopback, ["lacks the names DNS:localhost, IP:::1"]),
     "two identities": (two_identities, ["its identity must be"]),
-    "no names": (lambda layout: put(layout, san=[x509.DNSName("x")]), ["its identity must be", "lacks the names"]),
+    "no names": (
+        lambda layout: put(layout, san=[x509.DNSName("x")]),
+        ["may not certify: DNS:x", "its identity must be", "lacks the names"],
+    ),
     "revoked": (revoked, ["was revoked on"]),
     "a CA": (a_ca, ["is a CA certificate", "has no key usage", "is not a server certificate"]),
     "garbage": (lambda layout: _write(gateway(layout).cert, b"garbage"), ["is not a PEM certificate"]),
@@ -144,7 +147,7 @@ def test_a_wrong_certificate_is_named_with_its_reason(layout: Layout, case: str)
         ("swapped", "does not belong to the certificate in api-gateway.crt"),
         ("loose", "mode 0644"),
         ("group", "mode 0640"),
-        ("garbage", "is not an unencrypted PEM private key"),
+        ("garbage", "is not a PEM private key"),
         ("missing", "does not exist"),
     ],
 )
@@ -223,12 +226,13 @@ def test_an_expired_ca_is_found(layout: Layout) -> None:
     assert all("expired on" in f.reason for f in found)
 
 
-def test_what_ends_soon_is_a_warning(layout: Layout) -> None:
-    put(layout, days=20)
-    report = verify(layout)
-    assert report.ok
-    assert [f.file for f in report.findings] == [gateway(layout).cert]
-    assert "expires in 19 days" in report.findings[0].reason
+@pytest.mark.parametrize(("days", "left"), [(365, 29), (90, 29), (9, 2)])
+def test_what_ends_soon_is_a_warning(layout: Layout, days: int, left: int) -> None:
+    put(layout, days=days)
+    assert verify(layout).findings == []
+    report = verify(layout, NOW + timedelta(days=days - left, hours=-1))
+    assert gateway(layout).cert in [f.file for f in report.findings if f.warning]
+    assert any(f"expires in {left} days" in finding.reason for finding in report.findings)
 
 
 def test_the_revocation_list_is_checked(layout: Layout) -> None:
