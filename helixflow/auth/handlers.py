@@ -96,14 +96,17 @@ class AuthHandlers:
         kind = request.WhichOneof("credential")
         if kind == "key_digest":
             return await self._verify_key(request.key_digest)
-        async with self._pool.acquire() as connection:
-            if kind == "access_token":
-                found = await principals.by_token(connection, self._signer, request.access_token)
-                return principal_message(found)
+        if kind == "access_token":
+            # What is forged ends here: it costs no transaction.
+            access = await self._signer.access(self._pool, request.access_token)
+            async with self._pool.acquire() as connection:
+                return principal_message(await principals.by_session(connection, access))
         raise refusal(InvalidRequest, "the request holds no credential", "credential")
 
     async def _verify_key(self, digest: bytes) -> Any:
         """Asks the database; while that is away, what it said before counts."""
+        if self._memory.refused(digest) and self._events.listening.is_set():
+            raise principals.unknown_key()
         known = self._memory.find(digest)
         generation = self._memory.generation
         if known is None or time.monotonic() >= self._away_until:
@@ -112,7 +115,7 @@ class AuthHandlers:
                     async with asyncio.timeout(ASK_S if known else None), self._pool.acquire() as connection:
                         found = await principals.by_key(connection, self._pepper, digest, development=self._development)
             except InvalidApiKey:
-                self._memory.forget(digest)
+                self._memory.refuse(digest, generation)
                 raise
             except (Unavailable, TimeoutError):
                 self._away_until = time.monotonic() + AWAY_S
@@ -142,19 +145,20 @@ class AuthHandlers:
         kind = request.WhichOneof("session")
         if kind is None:
             raise refusal(InvalidRequest, "the request names no session", "session")
-        async with self._pool.acquire() as connection:
-            if kind == "refresh_token":
+        if kind == "refresh_token":
+            async with self._pool.acquire() as connection:
                 await self._ways.sessions.end_by_refresh(connection, request.refresh_token)
-            else:
-                await self._end_by_access(connection, request.access_token)
+        else:
+            await self._end_by_access(request.access_token)
         return messages.LogoutReply()
 
-    async def _end_by_access(self, connection: Any, token: str) -> None:
+    async def _end_by_access(self, token: str) -> None:
         try:
-            access = await self._signer.check(connection, token)
+            access = await self._signer.access(self._pool, token)
         except InvalidToken:
             return  # nobody is logged in by it, which is what was asked for
-        await sessions.end(connection, access.session_id)
+        async with self._pool.acquire() as connection:
+            await sessions.end(connection, access.session_id)
 
     async def _jwks(self, _request: Any, _caller: Caller) -> Any:
         async with self._pool.acquire() as connection:

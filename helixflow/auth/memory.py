@@ -1,4 +1,5 @@
 """What the database has said of API keys, for the time when it is away: also a gateway that starts then knows them.
+And which keys it does not know, so that what is invented costs one question.
 
 Everything that changes is forgotten at once, and all of it after a gap in what is heard: a key that was revoked while
 the database was there is never served from here.
@@ -14,6 +15,10 @@ from helixflow.auth.principals import Principal
 
 SIZE = 100_000
 """Keys that are remembered; the ones that were not asked for longest go first."""
+
+REFUSED_SIZE = 10_000
+REFUSED_S = 60.0
+"""How many refused keys are remembered, apart from the others, and how long (seconds)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class Memory:
         self._clock = clock
         self._found: OrderedDict[bytes, Remembered] = OrderedDict()
         self._holders: defaultdict[str, set[bytes]] = defaultdict(set)
+        self._refused: OrderedDict[bytes, float] = OrderedDict()
         self._generation = 0
 
     @property
@@ -46,6 +52,7 @@ class Memory:
         if generation != self._generation:
             return
         self.forget(digest)
+        self._refused.pop(digest, None)
         self._found[digest] = Remembered(principal, self._clock())
         for holder in _holders(principal):
             self._holders[holder].add(digest)
@@ -61,6 +68,20 @@ class Memory:
         expired = found.principal.expires_at and time.time() >= found.principal.expires_at
         return None if expired or age > self._grace_s else (found.principal, age)
 
+    def refuse(self, digest: bytes, generation: int) -> None:
+        """Remembers that the database refused a key when `generation` was current."""
+        self.forget(digest)
+        if generation != self._generation:
+            return
+        self._refused[digest] = self._clock() + REFUSED_S
+        self._refused.move_to_end(digest)
+        if len(self._refused) > REFUSED_SIZE:
+            self._refused.popitem(last=False)
+
+    def refused(self, digest: bytes) -> bool:
+        """Whether the database refused this key a moment ago, and nothing has changed since that could matter."""
+        return self._clock() < self._refused.get(digest, 0.0)
+
     def forget(self, digest: bytes) -> None:
         """Lets go of one key."""
         found = self._found.pop(digest, None)
@@ -75,6 +96,8 @@ class Memory:
     def hear(self, event: str) -> None:
         """An event of `Events.watch`."""
         self._generation += 1
+        # A key that is made, or whose user or organisation may act again, was refused before.
+        self._refused.clear()
         if event == RESYNC:
             self._found.clear()
             self._holders.clear()

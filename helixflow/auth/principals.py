@@ -8,7 +8,7 @@ import orjson
 
 from helixflow.auth.pepper import Pepper
 from helixflow.auth.records import Content
-from helixflow.auth.signing import Signer
+from helixflow.auth.signing import Access, Signer
 from helixflow.core_rs import InvalidApiKey, InvalidToken
 from helixflow.limits.model import Limits, SubjectLimits
 from helixflow.refusals import refusal
@@ -67,7 +67,7 @@ async def by_key(connection: Any, pepper: Pepper, presented: bytes, *, developme
     if len(presented) == DIGEST_BYTES:
         row = await connection.fetchrow(_KEY, pepper.key_digest(presented))
     if row is None or row["ended"] or row["refused"] or (row["development"] and not development):
-        raise refusal(InvalidApiKey, "the API key is not valid")
+        raise unknown_key()
     return _principal(
         row,
         expires_at=row["expires_at"],
@@ -78,9 +78,18 @@ async def by_key(connection: Any, pepper: Pepper, presented: bytes, *, developme
     )
 
 
+def unknown_key() -> InvalidApiKey:
+    """The refusal of a key that does not exist or may not be used now: it never says which."""
+    return refusal(InvalidApiKey, "the API key is not valid")
+
+
 async def by_token(connection: Any, signer: Signer, token: str) -> Principal:
     """The principal of an access token. Raises InvalidToken."""
-    access = await signer.check(connection, token)
+    return await by_session(connection, await signer.check(connection, token))
+
+
+async def by_session(connection: Any, access: Access) -> Principal:
+    """The principal of an access token that was checked. Raises InvalidToken."""
     row = await connection.fetchrow(_SESSION, access.session_id, access.user_id)
     if row is None or row["ended"] or row["refused"]:
         raise refusal(InvalidToken, "the session of this access token is over: log in again")

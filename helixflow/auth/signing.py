@@ -41,6 +41,9 @@ CLOCK_SKEW_S = 60
 REGISTERED_S = 3600
 """A key is registered for this long ahead (seconds), and anew when half of that is over."""
 
+RELOAD_S = 0.25
+"""Tokens whose key is not known here wait until all keys are read again, which is done this seldom (seconds)."""
+
 WATCH_S = 1.0
 _KID = re.compile(r"[A-Za-z0-9_-]{43}")
 """SHA-256 in base64url."""
@@ -78,6 +81,8 @@ class Signer:
         self._current = current
         self._registered_until = 0.0
         self._public: dict[str, RSAKey] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._read_at = float("-inf")
 
     @classmethod
     async def open(cls, connection: Any, path: Path, options: AuthConfig) -> "Signer":
@@ -111,8 +116,31 @@ class Signer:
         header = {"alg": ALGORITHM, "kid": current.kid, "typ": TYPE}
         return jwt.encode(header, claims, current.key, algorithms=[ALGORITHM])
 
+    async def access(self, pool: Pool, token: str) -> Access:
+        """As `check`. A forged token costs no connection, and many with unknown keys cost one together.
+
+        Raises InvalidToken, or the database's errors when the key is not known here.
+        """
+        found = self._known(token)
+        if found is None:
+            await self._reload(pool)
+            found = self._known(token)
+        if found is None:
+            raise _refused("its key is unknown")
+        return found
+
     async def check(self, connection: Any, token: str) -> Access:
         """Checks signature and claims; the caller checks session and user. Raises InvalidToken."""
+        found = self._known(token)
+        if found is None:
+            await self._load_public(connection)
+            found = self._known(token)
+        if found is None:
+            raise _refused("its key is unknown")
+        return found
+
+    def _known(self, token: str) -> Access | None:
+        """What a token says; None when its key is not known here. Raises InvalidToken."""
         if len(token) > LONGEST_TOKEN or not token.isascii():
             raise _refused("it is not one of ours")
         try:
@@ -124,9 +152,9 @@ class Signer:
         ours = header.get("alg") == ALGORITHM and header.get("typ") == TYPE
         if not ours or not isinstance(kid, str) or not _KID.fullmatch(kid):
             raise _refused("it is not one of ours")
-        key = await self._find(connection, kid)
+        key = self._public.get(kid)
         if key is None:
-            raise _refused("its key is unknown")
+            return None
         try:
             claims = jwt.decode(token, key, algorithms=[ALGORITHM]).claims
         except (JoseError, ValueError, TypeError):
@@ -187,14 +215,29 @@ class Signer:
         )
         self._registered_until = until
 
-    async def _find(self, connection: Any, kid: str) -> RSAKey | None:
-        """A registered key. Keys that were are remembered: a token that ended is refused for that."""
-        if kid not in self._public:
-            found = await connection.fetchval("SELECT jwk FROM signing_keys WHERE kid = $1", kid)
-            if found is None:
-                return None
-            self._public[kid] = RSAKey.import_key(orjson.loads(found))
-        return self._public[kid]
+    async def _reload(self, pool: Pool) -> None:
+        """Reads the registered keys. Callers share a reading that has not begun; one begins each RELOAD_S at most."""
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read(pool))
+            # Callers may all have gone when it fails.
+            self._reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(self._reading)
+
+    async def _read(self, pool: Pool) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await asyncio.sleep(self._read_at + RELOAD_S - loop.time())
+        finally:
+            # A key that is registered from now on may be missed: who asks for it waits for the next reading.
+            self._reading, self._read_at = None, loop.time()
+        async with pool.acquire() as connection:
+            await self._load_public(connection)
+
+    async def _load_public(self, connection: Any) -> None:
+        """Adds the registered keys. Those that were are remembered: a token that ended is refused for that."""
+        for row in await connection.fetch("SELECT kid, jwk FROM signing_keys"):
+            if row["kid"] not in self._public:
+                self._public[row["kid"]] = RSAKey.import_key(orjson.loads(row["jwk"]))
 
 
 def _checked(claims: dict[str, Any], options: AuthConfig, now: float) -> Access:

@@ -99,8 +99,12 @@ class KeyStore(Protocol):
     def known(self, credential: bytes) -> Principal | None:
         """The holder as far as it is known without asking anybody; None does not mean that there is none."""
 
-    async def verify(self, credential: bytes) -> Principal:
-        """The holder. Raises InvalidApiKey or InvalidToken; Unavailable when nobody can tell now."""
+    async def verify(self, credential: bytes, address: str) -> Principal:
+        """The holder; `address`: the client's.
+
+        Raises InvalidApiKey or InvalidToken; RateLimitExceeded when too much from there was neither; Unavailable when
+        nobody can tell now.
+        """
 
 
 class DevelopmentKeys:
@@ -114,7 +118,7 @@ class DevelopmentKeys:
         """The holder of the key. Digests are compared: the timing tells nothing about a key."""
         return self._principal if hashlib.sha256(credential).digest() == self._digest else None
 
-    async def verify(self, credential: bytes) -> Principal:  # noqa: ARG002
+    async def verify(self, credential: bytes, address: str) -> Principal:  # noqa: ARG002
         """Raises InvalidApiKey: whom `known` does not know does not exist."""
         raise unknown_key()
 
@@ -138,14 +142,14 @@ def bearer(header: bytes | None) -> bytes:
 async def authenticate(request: Request, store: KeyStore) -> Principal:
     """Finds the caller and notes it in the request.
 
-    Raises InvalidApiKey, InvalidToken, PermissionDenied (not for this route) or Unavailable.
+    Raises InvalidApiKey, InvalidToken, PermissionDenied (not for this route), RateLimitExceeded or Unavailable.
     """
     token = bearer(request.headers.get(b"authorization"))
     if len(token) > MAX_CREDENTIAL_BYTES:
         raise unknown_key()
     principal = store.known(token)
     if principal is None:
-        principal = await store.verify(token)
+        principal = await store.verify(token, request.client)
     request.caller = principal
     request.principal = principal.name
     if principal.endpoints:

@@ -3,10 +3,13 @@
 A remembered key is fresh for `gateway.key_cache_s`. Afterwards it is served from memory while it is asked for again,
 and, when no auth-service answers, for `gateway.key_grace_s` after the last answer. Whatever the auth-service tells to
 have changed is forgotten at once. After a gap in what it tells (`resync`), everything is asked for before it is served.
+What was refused is remembered too, and who asks about nothing else is not asked for any more: nobody's invented keys
+reach the database at the rate that they come in.
 """
 
 import asyncio
 import hashlib
+import math
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -14,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from helixflow import log
+from helixflow.addresses import Budget
 from helixflow.auth.keys import PREFIX, presented, well_formed
 from helixflow.config import DEVELOPMENT_KEY, Config
-from helixflow.core_rs import CoreError, DeadlineExceeded, InvalidApiKey, InvalidToken, Unavailable
+from helixflow.core_rs import CoreError, DeadlineExceeded, InvalidApiKey, InvalidToken, RateLimitExceeded, Unavailable
 from helixflow.gateway.auth import Principal, unknown_key
 from helixflow.refusals import refusal
 from helixflow.rpc import messages
@@ -30,6 +34,9 @@ AWAY_S = 1.0
 """After a failed question nobody waits for another one this long (seconds)."""
 RECONNECT_S = (0.1, 2.0)
 """Shortest and longest pause before the stream of changes is opened again (seconds)."""
+
+UNKNOWN_BURST = 100
+"""Unknown credentials that one address may have checked at once."""
 
 UNKNOWN_SIZE = 10_000
 """Refused credentials that are remembered: apart from the others, so that nobody can crowd those out."""
@@ -65,6 +72,7 @@ class Credentials:
         self._clock = clock
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._unknown: OrderedDict[bytes, float] = OrderedDict()
+        self._strangers = Budget(UNKNOWN_BURST, config.gateway.unknown_keys_per_minute / 60, clock=clock)
         self._holders: defaultdict[str, set[bytes]] = defaultdict(set)
         self._asking: dict[bytes, asyncio.Task[Principal | None]] = {}
         self._generation = 0
@@ -88,8 +96,12 @@ class Credentials:
             return None
         return entry.principal
 
-    async def verify(self, credential: bytes) -> Principal:
-        """The holder of a credential. Raises InvalidApiKey, InvalidToken, or Unavailable when nobody can tell."""
+    async def verify(self, credential: bytes, address: str) -> Principal:
+        """The holder of a credential; `address`: of the client.
+
+        Raises InvalidApiKey, InvalidToken, RateLimitExceeded (from there came too much that was neither), or
+        Unavailable when nobody can tell.
+        """
         token = _is_token(credential)
         if not token and not self._plausible(credential):
             raise unknown_key()
@@ -101,7 +113,25 @@ class Credentials:
             principal = await self._remembered(credential, digest, entry, token)
             if principal is not None:
                 return principal
-        return self._checked(await self._ask(credential, digest, token, ASK_S), token)
+        return self._checked(await self._ask_stranger(credential, digest, token, address), token)
+
+    async def _ask_stranger(self, credential: bytes, digest: bytes, token: bool, address: str) -> Principal | None:
+        """Asks about what nobody remembers. What it costs is given back unless it was in vain."""
+        if digest in self._asking:
+            return await self._ask(credential, digest, token, ASK_S)
+        wait_s = self._strangers.take(address)
+        if wait_s:
+            error = refusal(RateLimitExceeded, "too many unknown keys or tokens from your address; try again later")
+            error.retry_after_s = math.ceil(wait_s)
+            raise error
+        in_vain = False
+        try:
+            found = await self._ask(credential, digest, token, ASK_S)
+            in_vain = found is None
+        finally:
+            if not in_vain:
+                self._strangers.give_back(address)
+        return found
 
     def _plausible(self, credential: bytes) -> bool:
         """Whether it can be a key at all: nobody is asked about what has the wrong form or checksum."""

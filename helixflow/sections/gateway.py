@@ -29,6 +29,12 @@ class GatewayConfig:
     key_negative_s: float = option(
         5.0, "an unknown key is refused from memory this long (seconds)", check=between(0, 300)
     )
+    unknown_keys_per_minute: int = option(
+        600,
+        "unknown keys and tokens that one address (IPv6: one /64) may have checked by a worker each minute; more are "
+        "refused with 429 unasked",
+        check=between(1, 1_000_000),
+    )
     key_grace_s: float = option(
         86_400.0, "known keys go on this long without an auth-service (seconds)", check=between(0, 604_800)
     )

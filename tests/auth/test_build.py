@@ -1,12 +1,13 @@
 """The whole service as its process builds it, called over mutual TLS as gateways and the command line do."""
 
 import asyncio
+import base64
 import contextlib
 import itertools
 import json
 import stat
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from helixflow.auth import keys, passwords, signing
 from helixflow.auth.build import Built, build
 from helixflow.auth.errors import PepperError, SigningKeyError
 from helixflow.auth.handlers import AuthHandlers
+from helixflow.auth.pepper import open_pepper
 from helixflow.config import Config
 from helixflow.core_rs import (
     InvalidApiKey,
@@ -271,6 +273,76 @@ def test_keys_of_tokens_are_rotated_under_way(
                 assert (await s.call("Verify", access_token=tokens.access_token)).user == OWNER
 
     run(test())
+
+
+@contextlib.contextmanager
+def counted(pool: Pool) -> Iterator[list[None]]:
+    """What stands in the list afterwards: one item for each connection that was asked for."""
+    taken: list[None] = []
+    acquire = pool.acquire
+
+    def counting() -> Any:
+        taken.append(None)
+        return acquire()
+
+    pool.acquire = counting  # type: ignore[method-assign]
+    try:
+        yield taken
+    finally:
+        pool.acquire = acquire  # type: ignore[method-assign]
+
+
+def test_what_is_invented_costs_no_transaction(each: Target, pki: Layout, tmp_path: Path) -> None:
+    async def refused(s: Service, kind: type[Exception], **credential: Any) -> None:
+        with pytest.raises(kind):
+            await s.call("Verify", **credential)
+
+    async def test() -> None:
+        async with service(each, pki, tmp_path) as s:
+            login = {"email": OWNER, "password": s.built.first_password}
+            tokens = await s.call("Login", **login, new_password="correct horse battery")
+            await s.call("Verify", access_token=tokens.access_token)
+            await s.built.events.listening.wait()
+            secret = keys.make()
+            digest = keys.presented(secret.encode())
+            head, body, signature = tokens.access_token.split(".")
+            with counted(s.pool) as taken:
+                for _ in range(5):
+                    await refused(s, InvalidApiKey, key_digest=digest)
+                assert len(taken) == 1, "the second time it is known to be nothing"
+                taken.clear()
+                # Forged, with a key that is known; malformed.
+                for token in (f"{head}.{body}.{'A' * len(signature)}", f"{head}.{body}.", "a.b.c", "x" * 9000):
+                    await refused(s, InvalidToken, access_token=token)
+                    await s.call("Logout", access_token=token)
+                assert taken == []
+                # Under invented names of keys: fifty at once share two readings.
+                invented = [signing_header(f"{number:043}") for number in range(50)]
+                await asyncio.gather(
+                    *(refused(s, InvalidToken, access_token=f"{kid}.{body}.{signature}") for kid in invented)
+                )
+                assert 1 <= len(taken) <= 2
+            # The key is made after all.
+            async with s.pool.acquire() as connection:
+                user = (await s.call("Verify", access_token=tokens.access_token)).user_id
+                pepper = await open_pepper(connection, tmp_path / "secrets" / "pepper")
+                await connection.execute(
+                    "INSERT INTO api_keys (user_id, digest, prefix, name) VALUES ($1, $2, 'hf-', 'late')",
+                    UUID(user),
+                    pepper.key_digest(digest),
+                )
+            found = None
+            while found is None:
+                with contextlib.suppress(InvalidApiKey):
+                    found = await s.call("Verify", key_digest=digest)
+            assert found.key == "late"
+
+    run(test())
+
+
+def signing_header(kid: str) -> str:
+    header = json.dumps({"alg": "RS256", "kid": kid, "typ": "JWT"}).encode()
+    return base64.urlsafe_b64encode(header).rstrip(b"=").decode()
 
 
 def test_rows_of_the_ledger_note_when_a_key_was_used(target: Target, pki: Layout, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from helixflow.auth import memory as remembering
 from helixflow.auth.events import RESYNC
 from helixflow.auth.memory import Memory
 from helixflow.auth.principals import Principal
@@ -84,3 +85,25 @@ def test_memory_is_bounded() -> None:
     assert [number for number in range(5) if made.find(bytes([number]))] == [2, 3, 4]
     made.hear(f"key:{KEY}")
     assert not any(made.find(bytes([number])) for number in range(5))
+
+
+def test_a_refusal_is_remembered_for_a_while_and_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, clock = memory()
+    made.refuse(b"a", made.generation)
+    assert made.refused(b"a")
+    assert not made.refused(b"b")
+    clock.now += 60
+    assert not made.refused(b"a")
+    for event in (f"key:{KEY}", f"user:{USER}", f"organisation:{ORGANISATION}", RESYNC):
+        made.refuse(b"a", made.generation)
+        before = made.generation
+        made.hear(event)
+        assert not made.refused(b"a")
+        made.refuse(b"a", before)
+        assert not made.refused(b"a"), "it was read before the change"
+    monkeypatch.setattr(remembering, "REFUSED_SIZE", 3)
+    made.keep(b"good", FOUND, made.generation)
+    for number in range(10):
+        made.refuse(bytes([number]), made.generation)
+    assert [number for number in range(10) if made.refused(bytes([number]))] == [7, 8, 9]
+    assert made.find(b"good") is not None

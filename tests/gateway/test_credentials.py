@@ -10,7 +10,7 @@ import pytest
 
 from helixflow.auth.keys import make, presented
 from helixflow.config import Config, load
-from helixflow.core_rs import CoreError, InvalidApiKey, InvalidToken, Unavailable
+from helixflow.core_rs import CoreError, InvalidApiKey, InvalidToken, RateLimitExceeded, Unavailable
 from helixflow.gateway import credentials
 from helixflow.gateway.credentials import Credentials
 from helixflow.refusals import refusal
@@ -18,6 +18,7 @@ from helixflow.rpc import messages
 
 KEY = make().encode()
 OTHER = make().encode()
+ADDRESS = "192.0.2.1"
 KEY_ID, USER_ID, ORGANISATION_ID = (str(uuid.UUID(int=number)) for number in (1, 2, 3))
 
 
@@ -89,7 +90,7 @@ def test_a_key_is_asked_for_once() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(KEY)
         assert store.known(KEY) is None
-        assert (await store.verify(KEY)).name == "ci"
+        assert (await store.verify(KEY, ADDRESS)).name == "ci"
         clock.now += 59
         known = store.known(KEY)
         assert known is not None
@@ -103,7 +104,7 @@ def test_many_at_once_share_one_question() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(KEY)
         script.gate = asyncio.Event()
-        waiting = [asyncio.ensure_future(store.verify(KEY)) for _ in range(20)]
+        waiting = [asyncio.ensure_future(store.verify(KEY, ADDRESS)) for _ in range(20)]
         await settle()
         script.gate.set()
         assert {principal.name for principal in await asyncio.gather(*waiting)} == {"ci"}
@@ -125,7 +126,7 @@ def test_what_cannot_be_a_key_is_not_asked_for() -> None:
             b"\xff",
         ):
             with pytest.raises(InvalidApiKey):
-                await store.verify(wrong)
+                await store.verify(wrong, ADDRESS)
         assert script.asked == []
 
     check(case)
@@ -135,11 +136,11 @@ def test_an_unknown_key_is_refused_from_memory_for_a_while() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         for _ in range(3):
             with pytest.raises(InvalidApiKey):
-                await store.verify(KEY)
+                await store.verify(KEY, ADDRESS)
         assert len(script.asked) == 1
         clock.now += 5.1
         script.add(KEY)
-        assert (await store.verify(KEY)).name == "ci"
+        assert (await store.verify(KEY, ADDRESS)).name == "ci"
 
     check(case)
 
@@ -149,12 +150,13 @@ def test_refusals_do_not_crowd_out_keys(monkeypatch: pytest.MonkeyPatch) -> None
 
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(KEY)
-        await store.verify(KEY)
-        for _ in range(200):
+        await store.verify(KEY, ADDRESS)
+        for number in range(200):
             with pytest.raises(InvalidApiKey):
-                await store.verify(make().encode())
+                await store.verify(make().encode(), f"192.0.2.{number}")
         assert store.known(KEY) is not None
         assert store.remembered == 1
+        assert len(store._unknown) == 10
 
     check(case, HELIX_GATEWAY_KEY_CACHE_SIZE="100")
 
@@ -162,11 +164,11 @@ def test_refusals_do_not_crowd_out_keys(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_stale_key_is_served_while_it_is_asked_for_again() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(KEY)
-        await store.verify(KEY)
+        await store.verify(KEY, ADDRESS)
         clock.now += 61
         assert store.known(KEY) is None
         script.add(KEY, key="renamed")
-        assert (await store.verify(KEY)).name == "ci"
+        assert (await store.verify(KEY, ADDRESS)).name == "ci"
         await settle()
         known = store.known(KEY)
         assert known is not None
@@ -178,15 +180,15 @@ def test_a_stale_key_is_served_while_it_is_asked_for_again() -> None:
 def test_a_known_key_goes_on_within_the_grace_time_and_no_longer() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(KEY)
-        await store.verify(KEY)
+        await store.verify(KEY, ADDRESS)
         script.away = True
         clock.now += 3599
-        assert (await store.verify(KEY)).name == "ci"
+        assert (await store.verify(KEY, ADDRESS)).name == "ci"
         await settle()
         assert store.served_from_grace == 1
         clock.now += 2
         with pytest.raises(Unavailable):
-            await store.verify(KEY)
+            await store.verify(KEY, ADDRESS)
 
     check(case)
 
@@ -196,9 +198,9 @@ def test_an_unknown_key_is_not_served_while_nobody_can_tell() -> None:
         script.add(KEY)
         script.away = True
         with pytest.raises(Unavailable):
-            await store.verify(KEY)
+            await store.verify(KEY, ADDRESS)
         script.away = False
-        assert (await store.verify(KEY)).name == "ci", "the failure is not remembered as a refusal"
+        assert (await store.verify(KEY, ADDRESS)).name == "ci", "the failure is not remembered as a refusal"
 
     check(case)
 
@@ -216,15 +218,15 @@ def test_a_change_is_heard(kind: str, identifier: str) -> None:
         await script.events.put(messages.Event(resync=True))
         await settle()
         assert store.listening
-        await store.verify(KEY)
-        await store.verify(OTHER)
+        await store.verify(KEY, ADDRESS)
+        await store.verify(OTHER, ADDRESS)
         script.known.clear()
         await script.events.put(messages.Event(**{kind: identifier}))
         await settle()
         assert store.known(KEY) is None
         assert store.known(OTHER) is not None
         with pytest.raises(InvalidApiKey):
-            await store.verify(KEY)
+            await store.verify(KEY, ADDRESS)
         watching.cancel()
 
     check(case)
@@ -234,7 +236,7 @@ def test_an_answer_from_before_a_change_is_not_remembered() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(KEY)
         script.gate = asyncio.Event()
-        asking = asyncio.ensure_future(store.verify(KEY))
+        asking = asyncio.ensure_future(store.verify(KEY, ADDRESS))
         await settle()
         store.changed("key", KEY_ID)
         script.gate.set()
@@ -248,14 +250,14 @@ def test_after_a_gap_everything_is_confirmed_before_it_is_served() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(KEY)
         script.add(OTHER)
-        await store.verify(KEY)
-        await store.verify(OTHER)
+        await store.verify(KEY, ADDRESS)
+        await store.verify(OTHER, ADDRESS)
         del script.known[presented(KEY)]
         store.doubt()
         assert store.known(OTHER) is None
         with pytest.raises(InvalidApiKey):
-            await store.verify(KEY)
-        assert (await store.verify(OTHER)).name == "ci"
+            await store.verify(KEY, ADDRESS)
+        assert (await store.verify(OTHER, ADDRESS)).name == "ci"
         assert store.known(OTHER) is not None
 
     check(case)
@@ -264,11 +266,11 @@ def test_after_a_gap_everything_is_confirmed_before_it_is_served() -> None:
 def test_after_a_gap_memory_counts_when_nobody_answers() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(KEY)
-        await store.verify(KEY)
+        await store.verify(KEY, ADDRESS)
         store.doubt()
         script.away = True
         for _ in range(5):
-            assert (await store.verify(KEY)).name == "ci"
+            assert (await store.verify(KEY, ADDRESS)).name == "ci"
         assert len(script.asked) == 2, "after a failure nobody waits for another question for a second"
         assert store.served_from_grace == 5
 
@@ -280,14 +282,14 @@ def test_one_request_waits_for_a_service_that_hangs_and_no_other(monkeypatch: py
 
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(KEY)
-        await store.verify(KEY)
+        await store.verify(KEY, ADDRESS)
         store.doubt()
         script.gate = asyncio.Event()
-        assert (await store.verify(KEY)).name == "ci"
+        assert (await store.verify(KEY, ADDRESS)).name == "ci"
         monkeypatch.setattr(credentials, "RECHECK_S", 1000.0)
         for _ in range(3):
             clock.now += 1.1
-            assert (await store.verify(KEY)).name == "ci"
+            assert (await store.verify(KEY, ADDRESS)).name == "ci"
         script.gate.set()
         await settle()
         assert store.known(KEY) is not None, "the answer came at last"
@@ -313,7 +315,7 @@ def test_an_expired_credential_is_refused_without_a_question() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(KEY, expires_at=1)
         with pytest.raises(InvalidApiKey):
-            await store.verify(KEY)
+            await store.verify(KEY, ADDRESS)
         assert store.known(KEY) is None
 
     check(case)
@@ -322,11 +324,11 @@ def test_an_expired_credential_is_refused_without_a_question() -> None:
 def test_access_tokens_are_told_from_keys() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.known[b"a.b.c"] = messages.Principal(user="ada@example.com", session_id=KEY_ID)
-        assert (await store.verify(b"a.b.c")).name == "ada@example.com"
+        assert (await store.verify(b"a.b.c", ADDRESS)).name == "ada@example.com"
         store.changed("session", KEY_ID)
         assert store.known(b"a.b.c") is None
         with pytest.raises(InvalidToken):
-            await store.verify(b"a.b.d")
+            await store.verify(b"a.b.d", ADDRESS)
 
     check(case)
 
@@ -334,6 +336,77 @@ def test_access_tokens_are_told_from_keys() -> None:
 def test_the_public_key_is_asked_for_in_development_only() -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
         script.add(b"demo-key")
-        assert (await store.verify(b"demo-key")).name == "ci"
+        assert (await store.verify(b"demo-key", ADDRESS)).name == "ci"
 
     check(case, HELIX_PROFILE="development")
+
+
+def test_an_address_cannot_have_more_unknown_keys_checked_than_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credentials, "UNKNOWN_BURST", 20)
+
+    async def junk(store: Credentials, address: str, count: int) -> list[str]:
+        """Keys that nobody issued, with right checksums, and tokens under invented names of keys."""
+        made = [make().encode() if number % 2 else f"a.{number}.c".encode() for number in range(count)]
+        outcomes = await asyncio.gather(*(store.verify(key, address) for key in made), return_exceptions=True)
+        return [type(outcome).__name__ for outcome in outcomes]
+
+    async def case(script: Script, store: Credentials, clock: Clock) -> None:
+        script.add(KEY)
+        script.add(OTHER)
+        await store.verify(KEY, ADDRESS)
+        refused = make().encode()
+        with pytest.raises(InvalidApiKey):
+            await store.verify(refused, "192.0.2.2")
+        script.asked.clear()
+        found = await junk(store, ADDRESS, 1000)
+        assert len(script.asked) == 20
+        assert (found.count("RateLimitExceeded"), found.count("InvalidApiKey")) == (980, 10)
+        # Who is known is served from there, others are served and remembered as before.
+        assert (await store.verify(KEY, ADDRESS)).name == "ci"
+        assert (await store.verify(OTHER, "192.0.2.2")).name == "ci"
+        with pytest.raises(InvalidApiKey):
+            await store.verify(refused, "192.0.2.2")
+        assert len(script.asked) == 21
+        # The rest of the budget comes back, a key at a time: 600 a minute are 10 a second.
+        clock.now += 0.5
+        script.asked.clear()
+        for _ in range(5):
+            with pytest.raises(InvalidApiKey):
+                await store.verify(make().encode(), ADDRESS)
+        with pytest.raises(RateLimitExceeded) as caught:
+            await store.verify(make().encode(), ADDRESS)
+        assert (caught.value.http_status, caught.value.retry_after_s, len(script.asked)) == (429, 1, 5)
+
+    check(case)
+
+
+def test_one_ipv6_network_is_one_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credentials, "UNKNOWN_BURST", 3)
+
+    async def case(script: Script, store: Credentials, clock: Clock) -> None:
+        for number in range(3):
+            with pytest.raises(InvalidApiKey):
+                await store.verify(make().encode(), f"2001:db8:0:1:{number}::1")
+        with pytest.raises(RateLimitExceeded):
+            await store.verify(make().encode(), "2001:db8:0:1::ffff")
+        with pytest.raises(InvalidApiKey):
+            await store.verify(make().encode(), "2001:db8:0:2::1")
+
+    check(case)
+
+
+def test_keys_that_exist_cost_nothing_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credentials, "UNKNOWN_BURST", 2)
+
+    async def case(script: Script, store: Credentials, clock: Clock) -> None:
+        keys = [make().encode() for _ in range(20)]
+        for key in keys:
+            script.add(key)
+            assert (await store.verify(key, ADDRESS)).name == "ci"
+        # Nor does a question that nobody answers.
+        script.away = True
+        for _ in range(5):
+            with pytest.raises(Unavailable):
+                await store.verify(make().encode(), ADDRESS)
+
+    check(case)

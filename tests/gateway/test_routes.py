@@ -79,7 +79,7 @@ def test_a_gateway_without_accounts_knows_one_key() -> None:
     assert (principal.name, principal.user_id, principal.limits) == ("development", "", ())
     assert store.known(b"demo-kez") is None
     with pytest.raises(InvalidApiKey):
-        asyncio.run(store.verify(b"demo-kez"))
+        asyncio.run(store.verify(b"demo-kez", "127.0.0.1"))
 
 
 def test_a_credential_may_be_for_some_routes_and_models_only() -> None:
