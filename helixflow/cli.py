@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     import helixflow.admin.cli
     import helixflow.db.cli
     import helixflow.engine.cli
+    import helixflow.ledger.cli
     import helixflow.pki.cli
 
     parser = argparse.ArgumentParser(prog="helixflow", description="A self-hosted AI inference platform.")
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     helixflow.engine.cli.add_parser(commands)
     helixflow.db.cli.add_parser(commands)
     helixflow.admin.cli.add_parser(commands)
+    helixflow.ledger.cli.add_parser(commands)
     _config(commands)
     version = commands.add_parser("version", help="print the version", description="Print the version.")
     version.add_argument("--json", action="store_true", help="as JSON, with the versions of the main parts")

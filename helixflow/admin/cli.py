@@ -317,6 +317,7 @@ def run(options: argparse.Namespace) -> int:
 
     from helixflow import log
     from helixflow.config import load
+    from helixflow.ledger.neutral import json_text
 
     if options.config:
         os.environ["HELIX_CONFIG"] = options.config
@@ -326,7 +327,7 @@ def run(options: argparse.Namespace) -> int:
     log.setup(dataclasses.replace(config.log, level=level), "admin")
     outcome = asyncio.run(_run(config, options))
     if options.json and outcome.data is not None:
-        print(json.dumps(outcome.data, indent=2, ensure_ascii=False))
+        print(json_text(json.dumps(outcome.data, indent=2, ensure_ascii=False)))
     elif outcome.text:
         print(outcome.text)
     return outcome.status

@@ -13,7 +13,7 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from helixflow.ledger.record import Row, encode, today
+from helixflow.ledger.record import UNKNOWN, UNKNOWN_ERROR, Row, encode, today
 
 LABEL: Final = b"ledger"
 CHUNK: Final = 1000
@@ -53,10 +53,14 @@ _SUMS: Final = ", ".join(
     f"sum({name})::bigint AS {name}"
     for name in ("requests", "errors", "interrupted", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
 )
+# A name that no model has is counted under one label; releases before counted each, and a day may have both.
+_LABEL: Final = f"CASE WHEN model IN (SELECT model FROM strange) THEN '{UNKNOWN}' ELSE model END AS model"  # noqa: S608 - constants
 # The sums of a day, as its rows say and as they are kept.
 _USAGE: Final = f"""
-WITH counted AS (
-    SELECT $1::date AS day, organisation_id, user_id, key_id, model, endpoint, count(*) AS requests,
+WITH strange AS (
+    SELECT DISTINCT model FROM helixflow.requests WHERE at >= $2 AND at < $3 AND error = '{UNKNOWN_ERROR}'
+), counted AS (
+    SELECT $1::date AS day, organisation_id, user_id, key_id, {_LABEL}, endpoint, count(*) AS requests,
         count(*) FILTER (WHERE status >= 400 OR error <> '') AS errors,
         count(*) FILTER (WHERE finish = 'interrupted') AS interrupted, sum(prompt_tokens)::bigint AS prompt_tokens,
         sum(cached_tokens)::bigint AS cached_tokens, sum(completion_tokens)::bigint AS completion_tokens,
@@ -67,9 +71,11 @@ WITH counted AS (
     UNION ALL SELECT 2, day, organisation_id, user_id, key_id, '', '', {_SUMS} FROM counted GROUP BY 2, 3, 4, 5
     UNION ALL SELECT 3, day, organisation_id, NULL, NULL, model, endpoint, {_SUMS} FROM counted GROUP BY 2, 3, 6, 7
 ), kept AS (
-    SELECT 1 AS kind, * FROM helixflow.usage_daily WHERE day = $1
+    SELECT 1 AS kind, day, organisation_id, user_id, key_id, {_LABEL}, endpoint, {_SUMS} FROM helixflow.usage_daily
+        WHERE day = $1 GROUP BY 2, 3, 4, 5, 6, 7
     UNION ALL SELECT 2, * FROM helixflow.usage_keys WHERE day = $1
-    UNION ALL SELECT 3, * FROM helixflow.usage_models WHERE day = $1
+    UNION ALL SELECT 3, day, organisation_id, user_id, key_id, {_LABEL}, endpoint, {_SUMS} FROM helixflow.usage_models
+        WHERE day = $1 GROUP BY 2, 3, 4, 5, 6, 7
 )
 SELECT EXISTS ((TABLE due EXCEPT TABLE kept) UNION ALL (TABLE kept EXCEPT TABLE due))
 """  # noqa: S608 - constants

@@ -10,6 +10,7 @@ from typing import Any, Final
 import orjson
 
 from helixflow.core_rs import InvalidRequest
+from helixflow.ledger.neutral import cell, json_text
 from helixflow.ledger.query import LedgerRow, UsageRow
 from helixflow.refusals import refusal
 
@@ -23,6 +24,7 @@ async def export(
 ) -> AsyncIterator[bytes]:
     """The rows of all pages as UTF-8 text, a piece for each page; CSV begins with a line of names (RFC 4180).
 
+    No text in it steers a spreadsheet or a terminal (`neutral`); JSON lines say exactly what the rows say.
     The rows may be those of `query`, or messages of admin.proto. Raises InvalidRequest for an unknown format.
     """
     if form not in FORMATS:
@@ -35,10 +37,14 @@ async def export(
         if form == "csv":
             yield _csv(rows)
         else:
-            yield b"".join(orjson.dumps(dict(zip(fields, row, strict=True))) + b"\n" for row in rows)
+            yield json_text("".join(_line(fields, row) for row in rows)).encode()
 
 
 def _csv(rows: Iterable[tuple[Any, ...]]) -> bytes:
     text = io.StringIO()
-    csv.writer(text).writerows(rows)
+    csv.writer(text).writerows([cell(value) for value in row] for row in rows)
     return text.getvalue().encode()
+
+
+def _line(fields: tuple[str, ...], row: tuple[Any, ...]) -> str:
+    return orjson.dumps(dict(zip(fields, row, strict=True))).decode() + "\n"

@@ -15,6 +15,11 @@ COUNT_MAX: Final = 10**15
 INTERRUPTED: Final = "interrupted"
 """`finish` of a request that never ended: its worker died."""
 
+UNKNOWN_ERROR: Final = "model_not_found"
+"""`error` of a request whose model nobody has; its row keeps the name."""
+UNKNOWN: Final = "(unknown)"
+"""What such requests are counted under: clients can invent any number of names."""
+
 TEXT_MAX: Final = 512
 """Most characters of a text column."""
 CONTENT_MAX: Final = 65_536

@@ -4,23 +4,18 @@ Nothing is remembered on the disk: a batch that is sent twice is in the ledger o
 """
 
 import asyncio
-import base64
 import contextlib
-import os
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
-
-import orjson
 
 from helixflow import log
 from helixflow.config import LedgerConfig
 from helixflow.core_rs import CoreError, InvalidRequest
 from helixflow.ledger import frames
 from helixflow.ledger.adopt import Orphan, orphans
+from helixflow.ledger.rejected import Rejected
 from helixflow.ledger.spool import Spool
 
 Append = Callable[[str, list[bytes]], Awaitable[None]]
@@ -37,8 +32,6 @@ RETRY_MAX_S: Final = 5.0
 """Pauses while the auth-service or its database is away (seconds)."""
 DRAIN_S: Final = 0.01
 """Pause between two rounds of `drain` (seconds)."""
-REJECTED: Final = "rejected.log"
-"""JSON lines, beside the spools: records that the ledger refuses."""
 
 logger = log.get("ledger")
 
@@ -67,6 +60,7 @@ class Shipper:
         self._spool = spool
         self._append = append
         self._root = spool.folder.parent
+        self._rejected = Rejected(self._root, options.rejected_max_bytes)
         self._rows = options.batch_rows
         self._pause_s = options.ship_ms / 1000
         self._stopping = asyncio.Event()
@@ -206,10 +200,10 @@ class Shipper:
             await self._ship(spool, records[half:])
             return
         self.stats.rejected += 1
-        path = self._root / REJECTED
-        logger.error("the ledger refuses a record; it was set aside", file=str(path), spool=spool, reason=str(error))
+        file = str(self._rejected.path)
+        logger.error("the ledger refuses a record; it was set aside", file=file, spool=spool, reason=str(error))
         try:
-            _set_aside(path, spool, records[0], str(error))
+            self._rejected.add(spool, records[0], str(error))
         except OSError as failure:
             # Here it must not block the others, so the log is its last place.
             logger.error("it could not even be set aside", record=records[0].hex(), error=str(failure))
@@ -249,21 +243,3 @@ async def _in_thread(work: Callable[[], None]) -> None:
         await asyncio.shield(task)
     finally:
         await asyncio.wait({task})
-
-
-def _set_aside(path: Path, spool: str, record: bytes, reason: str) -> None:
-    """Appends one line, in one write: workers share the file."""
-    line = orjson.dumps(
-        {
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "spool": spool,
-            "reason": reason,
-            "record": base64.b64encode(record).decode(),
-        },
-        option=orjson.OPT_APPEND_NEWLINE,
-    )
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(file, line)
-    finally:
-        os.close(file)

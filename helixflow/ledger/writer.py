@@ -1,7 +1,7 @@
 """Writes what gateways ship into the ledger, each request once, in one transaction per batch."""
 
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from helixflow.core_rs import InvalidRequest, Unavailable
 from helixflow.db.errors import DatabaseError
 from helixflow.db.pool import Pool
 from helixflow.ledger.chain import EPOCH, Head, link, start
-from helixflow.ledger.record import INTERRUPTED, Content, Row, day_of, decode, fits
+from helixflow.ledger.record import INTERRUPTED, UNKNOWN, UNKNOWN_ERROR, Content, Row, day_of, decode, fits
 from helixflow.refusals import refusal
 
 COLUMNS: Final = (
@@ -154,6 +154,7 @@ class Writer:
                     heads = {row["day"]: Head(*row) for row in await connection.fetch(_HEADS, days)}
                     if len(heads) < len(days):
                         raise _GoneError("the head of a day's chain was removed")
+                    _refuse_late(rows, heads)
                     new = await self._write(connection, new, heads)
                     if new:
                         await connection.execute(_SET_HEADS, *self._columns(heads.values()))
@@ -214,6 +215,20 @@ class Writer:
         await connection.copy_records_to_table("requests", schema_name="helixflow", columns=COLUMNS, records=records)
 
 
+def _refuse_late(rows: Mapping[bytes, Row], heads: Mapping[date, Head]) -> None:
+    """A row of a day whose rows retention has dropped could not be told from one that was there.
+
+    Raises InvalidRequest, so that its gateway sets it aside.
+    """
+    for row in rows.values():
+        day = day_of(row.at_us)
+        if heads[day].dropped_sequence:
+            message = (
+                f"The rows of {day} were dropped (ledger.keep_months): whether this one was among them is unknown."
+            )
+            raise refusal(InvalidRequest, message, "records")
+
+
 class _Uuids(dict[bytes | None, uuid.UUID | None]):
     """Bytes to UUIDs: most rows of a batch name the same few."""
 
@@ -263,7 +278,8 @@ def _usage(rows: Iterable[Row]) -> list[list[Any]]:
     """The rows summed up, as columns."""
     sums: dict[tuple[Any, ...], list[int]] = {}
     for row in rows:
-        key = (day_of(row.at_us), row.organisation, row.user, row.key, row.model, row.endpoint)
+        model = UNKNOWN if row.error == UNKNOWN_ERROR else row.model
+        key = (day_of(row.at_us), row.organisation, row.user, row.key, model, row.endpoint)
         total = sums.get(key)
         if total is None:
             total = sums[key] = [0] * 7

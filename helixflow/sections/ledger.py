@@ -22,4 +22,9 @@ class LedgerConfig:
     fsync_ms: int = option(10, "records are on the disk after this time (milliseconds)", check=between(1, 10_000))
     ship_ms: int = option(200, "records are sent to the database this often (milliseconds)", check=between(1, 60_000))
     batch_rows: int = option(1000, "most rows of one transaction", check=between(1, 10_000))
+    rejected_max_bytes: int = option(
+        256 << 20,
+        "most bytes of records that the ledger refused and `helixflow ledger resend` has not sent; the oldest go",
+        check=between(1 << 16, 1 << 44),
+    )
     keep_months: int = option(0, "months of rows that are kept; 0: all", check=between(0, 1200))

@@ -15,6 +15,7 @@ from helixflow.ledger import frames, shipper
 from helixflow.ledger.adopt import Orphan
 from helixflow.ledger.content import content
 from helixflow.ledger.record import INTERRUPTED, Begin, Row, decode
+from helixflow.ledger.rejected import REJECTED
 from helixflow.ledger.shipper import BATCH_BYTES, Shipper
 from helixflow.ledger.spool import Spool
 
@@ -111,7 +112,7 @@ def test_one_that_is_refused_does_not_stop_the_others(tmp_path: Path) -> None:
         assert await worker.drain()
         assert list(store.rows.values()) == [each for each in rows if each.id not in bad]
         assert (worker.shipper.stats.rejected, worker.shipper.stats.shipped) == (3, 37)
-        lines = [json.loads(line) for line in (tmp_path / shipper.REJECTED).read_text().splitlines()]
+        lines = [json.loads(line) for line in (tmp_path / REJECTED).read_text().splitlines()]
         assert [decode(base64.b64decode(line["record"])) for line in lines] == [rows[0], rows[17], rows[39]]
         assert {(line["spool"], line["reason"]) for line in lines} == {(worker.spool.id, "no")}
 
@@ -280,7 +281,7 @@ def test_a_request_that_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
         worker = Worker(tmp_path, append)
         await until(lambda: worker.shipper.stats.adopted == 1)
         assert worker.shipper.stats.rejected == 1
-        assert (tmp_path / shipper.REJECTED).exists()
+        assert (tmp_path / REJECTED).exists()
         assert await worker.drain()
 
     scenario(work)

@@ -11,10 +11,12 @@ import pytest
 from helixflow.core_rs import InvalidRequest, Unavailable
 from helixflow.ledger.chain import verify
 from helixflow.ledger.content import content
-from helixflow.ledger.record import COUNT_MAX, Row, decode, encode, new_id
+from helixflow.ledger.record import COUNT_MAX, UNKNOWN, UNKNOWN_ERROR, Row, decode, encode, new_id
 from helixflow.ledger.writer import Writer
 
 from .support import DAY_US, GATEWAY, KEY, NOON_US, ORGANISATION, PEPPER_KEY, USER, Databases, begin, opened, row
+
+NOUGHT = {"prompt_tokens": 0, "completion_tokens": 0, "cost": 0}
 
 
 def encoded(rows: list[Row]) -> list[bytes]:
@@ -120,6 +122,44 @@ def test_usage_is_the_sum_of_new_rows(on_wheel: Databases) -> None:
         assert [*map(tuple, keys)] == [(first, USER, "", 4), (first, None, "", 2), (second, USER, "", 1)]
 
     asyncio.run(scenario())
+
+
+def test_names_that_no_model_has_are_counted_as_one(databases: Databases) -> None:
+    target = databases.new()
+    invented = [
+        row(NOON_US + n, {"model": f"gpt-{n}"}, finish="", error=UNKNOWN_ERROR, status=404, **NOUGHT) for n in range(30)
+    ]
+    known = [row(NOON_US + 100 + n) for n in range(3)]
+
+    async def scenario() -> None:
+        async with opened(target) as pool, pool.acquire() as connection:
+            await Writer(pool, PEPPER_KEY).append("s", encoded([*invented, *known]))
+            for table in ("usage_daily", "usage_models", "usage_monthly"):
+                found = await connection.fetch(f"SELECT model, requests, errors FROM {table} ORDER BY 1")
+                assert [tuple(each) for each in found] == [(UNKNOWN, 30, 30), ("demo", 3, 0)], table
+            assert await connection.fetchval("SELECT count(DISTINCT model) FROM requests") == 31
+            assert await faults(connection) == []
+            # A release before this one counted each name, perhaps on the same day.
+            for table in ("usage_daily", "usage_models", "usage_monthly"):
+                names = [
+                    name for name in await columns(connection, table) if name not in ("model", "requests", "errors")
+                ]
+                listed = ", ".join(names)
+                await connection.execute(f"UPDATE {table} SET requests = 29, errors = 29 WHERE model = '{UNKNOWN}'")
+                await connection.execute(
+                    f"INSERT INTO {table} (model, requests, errors, {listed}) "
+                    f"SELECT 'gpt-7', 1, 1, {listed} FROM {table} WHERE model = '{UNKNOWN}'"
+                )
+            assert await faults(connection) == [], "the tokens are nought"
+            await connection.execute(f"UPDATE usage_daily SET cost = cost + 1 WHERE model = '{UNKNOWN}'")
+            assert len(await faults(connection)) == 1
+
+    asyncio.run(scenario())
+
+
+async def columns(connection: Any, table: str) -> list[str]:
+    query = "SELECT attname FROM pg_attribute WHERE attrelid = $1::regclass AND attnum > 0 ORDER BY attnum"
+    return [each[0] for each in await connection.fetch(query, f"helixflow.{table}")]
 
 
 def test_late_rows_of_earlier_days_and_months(on_wheel: Databases) -> None:
