@@ -1,14 +1,16 @@
 """AdminService: organisations, users and keys; the rest of its methods is in `admin_usage`."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
 from helixflow.auth import api_keys, fields, organisations, users
+from helixflow.auth.actors import Actor
 from helixflow.auth.admin_usage import UsageMethods, set_limits
 from helixflow.auth.desk import Desk, Handler, filled, listed, optional
 from helixflow.auth.passwords import Passwords, one_time
 from helixflow.auth.pepper import Pepper
-from helixflow.auth.records import Content
+from helixflow.auth.records import Content, User
 from helixflow.db.pool import Pool
 from helixflow.limits import settings
 from helixflow.limits.model import Limits
@@ -16,6 +18,8 @@ from helixflow.rpc import messages
 from helixflow.rpc.server import Caller
 
 SERVICE = "AdminService"
+REHEARSED = "!"
+"""Stands for a hash in an act that is rolled back: no password has it."""
 
 
 class AdminHandlers:
@@ -67,18 +71,21 @@ class AdminHandlers:
         return filled(messages.Organisation, changed)
 
     async def _create_user(self, request: Any, caller: Caller) -> Any:
-        password, stored = await self._one_time("CreateUser", request, caller)
-        service = request.service_account
-        async with self._desk.act("CreateUser", request, caller) as (connection, actor):
-            made = await users.create(
+        async def create(connection: Any, actor: Actor, stored: str | None) -> User:
+            return await users.create(
                 connection,
                 actor,
                 organisation=request.organisation,
                 email=request.email,
                 role=request.role,
-                password=None if service else stored,
+                password=stored,
             )
-        return messages.CreatedUser(user=filled(messages.User, made), one_time_password="" if service else password)
+
+        if not request.service_account:
+            return await self._with_one_time("CreateUser", request, caller, create)
+        async with self._desk.act("CreateUser", request, caller) as (connection, actor):
+            made = await create(connection, actor, None)
+        return messages.CreatedUser(user=filled(messages.User, made))
 
     async def _list_users(self, request: Any, caller: Caller) -> Any:
         async with self._desk.act("ListUsers", request, caller) as (connection, actor):
@@ -92,10 +99,10 @@ class AdminHandlers:
         return filled(messages.User, changed)
 
     async def _reset_password(self, request: Any, caller: Caller) -> Any:
-        password, stored = await self._one_time("ResetPassword", request, caller)
-        async with self._desk.act("ResetPassword", request, caller) as (connection, actor):
-            changed = await users.reset_password(connection, actor, request.user, stored)
-        return messages.CreatedUser(user=filled(messages.User, changed), one_time_password=password)
+        async def reset(connection: Any, actor: Actor, stored: str) -> User:
+            return await users.reset_password(connection, actor, request.user, stored)
+
+        return await self._with_one_time("ResetPassword", request, caller, reset)
 
     async def _unlock_user(self, request: Any, caller: Caller) -> Any:
         async with self._desk.act("UnlockUser", request, caller) as (connection, actor):
@@ -145,9 +152,21 @@ class AdminHandlers:
             revoked = await api_keys.revoke(connection, actor, request.key)
         return filled(messages.Key, revoked)
 
-    async def _one_time(self, method: str, request: Any, caller: Caller) -> tuple[str, str]:
-        """A one-time password and its hash, for who may call `method`; no connection is held while it is hashed."""
-        async with self._desk.act(method, request, caller):
-            password = one_time()
-        async with self._passwords.turn():
-            return password, await self._passwords.hash(password)
+    async def _with_one_time(
+        self, method: str, request: Any, caller: Caller, act: Callable[[Any, Actor, str], Awaitable[User]]
+    ) -> Any:
+        """An act that stores the hash of a one-time password.
+
+        It is rehearsed first: nothing is hashed for what will be refused, and no connection is held meanwhile.
+        """
+        async with self._desk.act(method, request, caller) as (connection, actor):
+            rehearsal = connection.transaction()
+            await rehearsal.start()
+            await act(connection, actor, REHEARSED)
+            await rehearsal.rollback()
+        password = one_time()
+        async with self._passwords.turn(actor.address):
+            stored = await self._passwords.hash(password)
+        async with self._desk.act(method, request, caller) as (connection, actor):
+            changed = await act(connection, actor, stored)
+        return messages.CreatedUser(user=filled(messages.User, changed), one_time_password=password)

@@ -11,15 +11,16 @@ from helixflow.auth import first_start, purge
 from helixflow.auth.admin import AdminHandlers
 from helixflow.auth.events import Events
 from helixflow.auth.handlers import AuthHandlers, Method, Unary, Ways
-from helixflow.auth.lockout import Lockout
 from helixflow.auth.login import Login
 from helixflow.auth.memory import Memory
 from helixflow.auth.oidc import Provider
 from helixflow.auth.oidc_login import OidcLogin
 from helixflow.auth.passwords import Passwords
 from helixflow.auth.pepper import Pepper, open_pepper
+from helixflow.auth.refusals import Refusals
 from helixflow.auth.sessions import Sessions
 from helixflow.auth.signing import Signer
+from helixflow.auth.throttle import Throttle
 from helixflow.auth.touch import LastUses
 from helixflow.config import Config
 from helixflow.db.pool import Pool
@@ -75,14 +76,14 @@ async def build(config: Config, pool: Pool) -> Built:
         stack.push_async_callback(counters.close)
         events = Events(pool.target, config.database)
         memory = Memory(config.gateway.key_grace_s)
-        begun = Sessions(config.auth, pepper, signer)
+        begun, refused = Sessions(config.auth, pepper, signer), Refusals(pool)
         handlers = AuthHandlers(
             pool,
             pepper,
             signer,
             ways=Ways(
                 begun,
-                Login(pool, hashes, Lockout.of(config.auth), begun),
+                Login(pool, hashes, Throttle.of(config.auth), begun, refused),
                 OidcLogin(pool, config.auth, pepper, begun, provider),
             ),
             events=events,
@@ -99,6 +100,7 @@ async def build(config: Config, pool: Pool) -> Built:
                 "signing key": lambda: signer.watch(pool),
                 "events": events.run,
                 "memory": lambda: memory.follow(events),
+                "refusals": refused.run,
                 "purge": lambda: purge.run(pool),
                 "limits": counters.run,
                 "ledger": lambda: maintenance.run(pool, config.ledger, pepper.ledger_key()),

@@ -4,21 +4,18 @@ import asyncio
 import contextlib
 import secrets
 import unicodedata
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
-from helixflow.core_rs import InvalidRequest, QueueFull
+from helixflow.auth.turns import Turns
+from helixflow.core_rs import InvalidRequest
 from helixflow.refusals import refusal
 
 SHORTEST = 12
 LONGEST = 1024
 """Characters; nobody types more, and hashing starts with reading all of it."""
-
-WAITING = 64
-"""Logins that wait for each one being checked: about 6 s at 0.1 s each. More are refused at once."""
 
 ONE_TIME_BYTES = 18
 """Random bytes of a one-time password, which makes 24 characters."""
@@ -43,26 +40,16 @@ class Passwords:
         """`at_a_time`: hashes under way at once; each takes the memory that the hasher's parameters say (64 MiB)."""
         self._hasher = hasher or PasswordHasher()
         self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="password")
-        self._slots = asyncio.Semaphore(at_a_time)
-        self._most_waiting = WAITING * at_a_time
-        self._waiting = 0
+        self._turns = Turns(at_a_time)
         # What a password of nobody is compared with: an unknown name costs as much as a known one.
         self._nobody = self._hasher.hash(secrets.token_hex(16))
 
-    @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Waits until one more password may be looked at. Raises QueueFull when too many wait already."""
-        if self._waiting >= self._most_waiting:
-            raise refusal(QueueFull, "too many logins at a time; try again in a few seconds")
-        self._waiting += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self._waiting -= 1
-        try:
-            yield
-        finally:
-            self._slots.release()
+    def turn(self, address: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """Waits until one more password of this client may be looked at. Raises QueueFull when too many wait already.
+
+        Only who holds a turn hashes and matches.
+        """
+        return self._turns.turn(address)
 
     async def hash(self, password: str) -> str:
         """The password in argon2's own notation, with parameters and salt."""

@@ -25,9 +25,12 @@ _STATEMENTS = (
     (SELECT id FROM sessions WHERE expires_at < now() - make_interval(secs => $2) LIMIT $1)""",
     """DELETE FROM signing_keys WHERE kid IN
     (SELECT kid FROM signing_keys WHERE expires_at < now() - make_interval(secs => $2) LIMIT $1)""",
-    """DELETE FROM login_failures WHERE subject IN
-    (SELECT subject FROM login_failures WHERE last_at < now() - make_interval(secs => $2)
-        AND (locked_until IS NULL OR locked_until < now()) LIMIT $1)""",
+    """DELETE FROM login_attempts WHERE (account, address) IN
+    (SELECT account, address FROM login_attempts WHERE last_at < now() - make_interval(secs => $2)
+        AND free_at < now() LIMIT $1)""",
+    """DELETE FROM known_addresses WHERE (user_id, address) IN
+    (SELECT user_id, address FROM known_addresses WHERE last_at < now() - interval '90 days' - make_interval(secs => $2)
+        LIMIT $1)""",
 )
 
 logger = log.get("auth")

@@ -11,12 +11,12 @@ FROM organisations o
 """
 USER = """
 SELECT u.id, u.email, u.role, u.organisation_id, o.name AS organisation, u.service_account, u.disabled,
-    NOT u.service_account AND coalesce(f.locked_until > now(), false) AS locked, u.must_change_password,
+    NOT u.service_account AND EXISTS (SELECT FROM login_attempts f WHERE f.account = sha256(convert_to(u.email, 'UTF8'))
+        AND f.free_at > now()) AS locked, u.must_change_password,
     floor(extract(epoch FROM u.created_at))::bigint AS created,
     (extract(epoch FROM u.created_at) * 1000000)::bigint AS place,
     coalesce(floor(extract(epoch FROM u.last_login_at)), 0)::bigint AS last_login
 FROM users u JOIN organisations o ON o.id = u.organisation_id
-LEFT JOIN login_failures f ON f.subject = sha256(convert_to(u.email, 'UTF8'))
 """
 KEY = """
 SELECT k.id, k.name, k.prefix, k.user_id, u.email AS user_name, u.role, u.organisation_id, k.models, k.endpoints,

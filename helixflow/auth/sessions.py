@@ -59,7 +59,12 @@ class Sessions:
             address,
             float(self._options.refresh_ttl_s),
         )
-        await connection.execute("UPDATE users SET last_login_at = now() WHERE id = $1", user_id)
+        row = await connection.fetchrow(
+            "UPDATE users SET last_login_at = now() WHERE id = $1 RETURNING email, organisation_id", user_id
+        )
+        detail = {"session": session, "method": method}
+        actor = anonymous(row["email"], address)
+        await audit.record(connection, actor, "login.succeeded", row["email"], row["organisation_id"], detail)
         return await self._issue(connection, user_id, session)
 
     async def refresh(self, connection: Any, token: str, address: str) -> Issued:

@@ -5,7 +5,7 @@ from uuid import UUID
 
 import asyncpg
 
-from helixflow.auth import audit, fields, lockout, organisations, sessions
+from helixflow.auth import audit, fields, organisations, sessions, throttle
 from helixflow.auth.actors import Actor
 from helixflow.auth.organisations import Page, page_of
 from helixflow.auth.records import USER, User
@@ -126,14 +126,14 @@ async def update(connection: Any, actor: Actor, name: str, role: str | None, dis
 
 
 async def reset_password(connection: Any, actor: Actor, name: str, password: str) -> User:
-    """A new one-time password (its hash); lifts a lock and ends all sessions. Raises InvalidRequest."""
+    """A new one-time password (its hash); forgets wrong ones and ends all sessions. Raises InvalidRequest."""
     row = await target(connection, actor, name)
     if row["service_account"]:
         raise refusal(InvalidRequest, f"{row['email']!r} is a service account: it has keys, no password", "user")
     await connection.execute(
         "UPDATE users SET password = $2, must_change_password = true WHERE id = $1", row["id"], password
     )
-    await lockout.clear(connection, row["email"])
+    await throttle.clear(connection, row["email"])
     ended = await sessions.end_all(connection, row["id"])
     detail = {"sessions_ended": ended}
     await audit.record(connection, actor, "user.reset_password", row["email"], row["organisation_id"], detail)
@@ -141,9 +141,9 @@ async def reset_password(connection: Any, actor: Actor, name: str, password: str
 
 
 async def unlock(connection: Any, actor: Actor, name: str) -> User:
-    """Lifts the lock that wrong passwords made."""
+    """Forgets the wrong passwords, from everywhere."""
     row = await target(connection, actor, name)
-    if not row["service_account"] and await lockout.clear(connection, row["email"]):
+    if not row["service_account"] and await throttle.clear(connection, row["email"]):
         await audit.record(connection, actor, "user.unlock", row["email"], row["organisation_id"])
     return await by_id(connection, row["id"])
 

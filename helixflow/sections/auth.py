@@ -23,8 +23,18 @@ class AuthConfig:
         check=between(60, 31_536_000),
     )
     password_checks: int = option(2, "passwords hashed at a time; each costs 64 MiB", check=between(1, 64))
-    lockout_failures: int = option(10, "wrong passwords in a row that lock a user", check=between(1, 1000))
-    lockout_s: int = option(900, "how long a user stays locked (seconds)", check=between(1, 86_400))
+    login_free_attempts: int = option(
+        5, "wrong passwords for one account from one address before the next has to wait", check=between(1, 1000)
+    )
+    login_free_per_address: int = option(
+        30,
+        "wrong passwords for whatever account from one address, before accounts that never logged in from there have "
+        "to wait",
+        check=between(1, 1_000_000),
+    )
+    login_delay_max_s: float = option(
+        900.0, "longest pause between wrong passwords; it begins at 1 and doubles (seconds)", check=between(1, 86_400)
+    )
     drain_timeout_s: float = option(10.0, "calls may run this long after SIGTERM (seconds)", check=between(0, 3600))
     oidc_issuer: str = option("", "URL of an OpenID Connect provider; empty: no login through one")
     oidc_client_id: str = option("", "client id at the provider")

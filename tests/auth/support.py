@@ -15,12 +15,13 @@ from helixflow.auth import actors, api_keys, users
 from helixflow.auth.actors import Actor
 from helixflow.auth.api_keys import Wanted
 from helixflow.auth.first_start import first_start
-from helixflow.auth.lockout import Lockout
 from helixflow.auth.login import Login
 from helixflow.auth.passwords import Passwords
 from helixflow.auth.pepper import Pepper
+from helixflow.auth.refusals import Refusals
 from helixflow.auth.sessions import Sessions
 from helixflow.auth.signing import Signer
+from helixflow.auth.throttle import Throttle
 from helixflow.config import AuthConfig, DatabaseConfig
 from helixflow.db.pool import Pool
 from helixflow.db.target import Target
@@ -57,6 +58,7 @@ class World:
     signer: Signer
     sessions: Sessions
     login: Login
+    refusals: Refusals
     first_password: str | None
 
     @contextlib.asynccontextmanager
@@ -125,8 +127,9 @@ async def world(target: Target, pki: Layout, **options: Any) -> AsyncIterator[Wo
             first = await first_start(connection, passwords, chosen.owner)
             signer = await Signer.open(connection, pki.jwt_private, chosen)
         sessions = Sessions(chosen, SECRET, signer)
-        login = Login(pool, passwords, Lockout.of(chosen), sessions)
-        yield World(pool, chosen, passwords, signer, sessions, login, first)
+        refusals = Refusals(pool)
+        login = Login(pool, passwords, Throttle.of(chosen), sessions, refusals)
+        yield World(pool, chosen, passwords, signer, sessions, login, refusals, first)
     finally:
         passwords.close()
         await pool.close()

@@ -332,16 +332,24 @@ def test_purging_removes_what_ended_and_nothing_else(each: Target, pki: Layout) 
             ended = "(SELECT id FROM sessions WHERE expires_at < now())"
             for statement in (
                 f"INSERT INTO oidc_states VALUES (sha256('a'), 'x', {old}), (sha256('b'), 'x', now())",
-                f"INSERT INTO login_failures (subject, failures, last_at) VALUES (sha256('a'), 1, {old})",
-                "INSERT INTO login_failures (subject, failures) VALUES (sha256('b'), 1)",
+                f"INSERT INTO login_attempts (account, address, failures, last_at) VALUES (sha256('a'), 'x', 1, {old})",
+                "INSERT INTO login_attempts (account, address, failures) VALUES (sha256('b'), 'x', 1)",
+                f"INSERT INTO known_addresses VALUES ('{user}', 'a', '2026-01-01'), ('{user}', 'b', {old})",
                 f"INSERT INTO signing_keys VALUES ('old', '{{}}', now(), {old})",
                 f"UPDATE sessions s SET expires_at = {old} WHERE id::text = (SELECT min(id::text) FROM sessions)",
                 f"UPDATE refresh_tokens SET expires_at = {old} WHERE session_id = {ended}",
             ):
                 await w.value(statement)
-            assert await purge.purge(w.pool) == 5
+            assert await purge.purge(w.pool) == 6
             assert await purge.purge(w.pool) == 0
-            for table in ("oidc_states", "login_failures", "signing_keys", "sessions", "refresh_tokens"):
+            for table in (
+                "oidc_states",
+                "login_attempts",
+                "known_addresses",
+                "signing_keys",
+                "sessions",
+                "refresh_tokens",
+            ):
                 assert await w.value(f"SELECT count(*) FROM {table}") == 1, table
 
     run(test())

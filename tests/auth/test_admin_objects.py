@@ -11,6 +11,7 @@ from helixflow.auth import api_keys
 from helixflow.auth.roles import Role
 from helixflow.core_rs import (
     Conflict,
+    CoreError,
     InvalidRequest,
     NotFound,
     PermissionDenied,
@@ -357,3 +358,42 @@ def test_the_roles_are_in_order() -> None:
     assert Role.parse("admin") is Role.ADMIN
     assert Role.parse("root") is None
     assert api_keys.OVERLAP_S == 24 * 3600
+
+
+def test_nothing_is_hashed_for_what_is_refused(target: Target, pki: Layout) -> None:
+    async def test() -> None:
+        async with office(target, pki) as o:
+            hashed: list[str] = []
+            compute = o.w.passwords.hash
+
+            async def noted(password: str) -> str:
+                hashed.append(password)
+                return await compute(password)
+
+            o.w.passwords.hash = noted  # type: ignore[method-assign]
+            new: dict[str, Any] = {"email": "new@example.com", "role": "member"}
+            refused: tuple[tuple[str, str, dict[str, Any]], ...] = (
+                ("member", "CreateUser", new),
+                ("admin", "CreateUser", {**new, "email": "nonsense"}),
+                ("admin", "CreateUser", {**new, "email": "viewer@example.com"}),
+                ("admin", "CreateUser", {**new, "role": "king"}),
+                ("admin", "CreateUser", {**new, "role": "owner"}),
+                ("admin", "CreateUser", {**new, "organisation": "other"}),
+                ("admin", "ResetPassword", {"user": "nobody@example.com"}),
+                ("admin", "ResetPassword", {"user": "owner@example.com"}),
+                ("member", "ResetPassword", {"user": "viewer@example.com"}),
+            )
+            for who, method, values in refused:
+                with pytest.raises(CoreError):
+                    await o.call(who, method, **values)
+            await o.call("admin", "CreateUser", email="robot", role="member", service_account=True)
+            with pytest.raises(CoreError):
+                await o.call("admin", "ResetPassword", user="robot")
+            assert hashed == []
+            made = await o.call("admin", "CreateUser", **new)
+            assert hashed == [made.one_time_password]
+            # The rehearsal left nothing behind.
+            assert len(await o.w.audited("user.create")) == 11
+            assert await o.w.value("SELECT count(*) FROM users WHERE password = '!'") == 0
+
+    run(test())

@@ -189,7 +189,9 @@ def test_injections_through_every_field(
     monkeypatch.setattr(passwords, "PasswordHasher", lambda: CHEAP)
 
     async def test() -> None:
-        async with service(target, pki, tmp_path, HELIX_AUTH_LOCKOUT_FAILURES="1000") as s:
+        async with service(
+            target, pki, tmp_path, HELIX_AUTH_LOGIN_FREE_ATTEMPTS="1000", HELIX_AUTH_LOGIN_FREE_PER_ADDRESS="1000"
+        ) as s:
             tried = 0
             for name, method in messages.service("AuthService").items():
                 values = {"email": OWNER, "password": "wrong password"} if name.endswith("/Login") else {}

@@ -1,4 +1,4 @@
-"""Passwords, lockout, first start."""
+"""Passwords and the first start."""
 
 import asyncio
 import statistics
@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 from argon2 import PasswordHasher
 
-from helixflow.auth import lockout, organisations, passwords, users
+from helixflow.auth import organisations, users
 from helixflow.auth.first_start import development_key, first_start
 from helixflow.auth.passwords import Passwords
 from helixflow.core_rs import (
-    AccountLocked,
     InvalidCredentials,
     InvalidRequest,
     PasswordChangeRequired,
     PermissionDenied,
-    QueueFull,
 )
 from helixflow.db.target import Target
 from helixflow.pki.layout import Layout
@@ -47,7 +45,9 @@ def test_first_start_makes_an_owner_with_a_one_time_password(each: Target, pki: 
                 "organisation.create",
                 "user.create",
                 "user.password",
+                "login.succeeded",
                 "login.failed",
+                "login.succeeded",
             ]
 
     run(test())
@@ -161,82 +161,6 @@ def test_timing_does_not_tell_who_exists() -> None:
     run(test())
 
 
-def test_too_many_wrong_passwords_lock_a_name_that_exists_and_one_that_does_not(each: Target, pki: Layout) -> None:
-    async def test() -> None:
-        async with world(each, pki, lockout_failures=3, lockout_s=60) as w:
-            await w.user("ann@example.com")
-            for email in ("ann@example.com", "nobody@example.com"):
-                for _ in range(3):
-                    with pytest.raises(InvalidCredentials):
-                        await w.login.login(email, "wrong password", "", ADDRESS)
-                with pytest.raises(AccountLocked, match=r"try again in \d+ s") as caught:
-                    await w.login.login(email, PASSWORD, "", ADDRESS)
-                assert caught.value.retry_after_s is not None
-                assert 1 <= caught.value.retry_after_s <= 60
-                assert caught.value.http_status == 429
-            # What a locked name gets is not written down each time.
-            assert len(await w.audited("login.failed")) == 6
-            assert [row["target"] for row in await w.audited("login.lockout")] == [
-                "ann@example.com",
-                "nobody@example.com",
-            ]
-            user = await w.do(users.find, OPERATOR, "ann@example.com")
-            assert user["locked"]
-            await w.value("UPDATE login_failures SET locked_until = now() - interval '1 s'")
-            await w.login.login("ann@example.com", PASSWORD, "", ADDRESS)
-            assert await w.value("SELECT count(*) FROM login_failures") == 1
-
-    run(test())
-
-
-def test_an_administrator_unlocks(target: Target, pki: Layout) -> None:
-    async def test() -> None:
-        async with world(target, pki, lockout_failures=1) as w:
-            await w.user("ann@example.com")
-            with pytest.raises(InvalidCredentials):
-                await w.login.login("ann@example.com", "wrong password", "", ADDRESS)
-            unlocked = await w.do(users.unlock, OPERATOR, "ann@example.com")
-            assert not unlocked.locked
-            await w.login.login("ann@example.com", PASSWORD, "", ADDRESS)
-            await w.do(users.unlock, OPERATOR, "ann@example.com")
-            assert len(await w.audited("user.unlock")) == 1
-
-    run(test())
-
-
-def test_failures_that_are_not_in_a_row_do_not_lock(target: Target, pki: Layout) -> None:
-    async def test() -> None:
-        async with world(target, pki, lockout_failures=2) as w:
-            await w.user("ann@example.com")
-            for _ in range(3):
-                with pytest.raises(InvalidCredentials):
-                    await w.login.login("ann@example.com", "wrong password", "", ADDRESS)
-                await w.login.login("ann@example.com", PASSWORD, "", ADDRESS)
-            # Old failures are forgotten.
-            for _ in range(3):
-                with pytest.raises(InvalidCredentials):
-                    await w.login.login("ann@example.com", "wrong password", "", ADDRESS)
-                await w.value("UPDATE login_failures SET last_at = last_at - interval '2 days', locked_until = NULL")
-
-    run(test())
-
-
-def test_guesses_at_once_are_no_more_than_one_after_another(target: Target, pki: Layout) -> None:
-    async def test() -> None:
-        async with world(target, pki, lockout_failures=3, password_checks=8) as w:
-            await w.user("ann@example.com")
-            attempts = (w.login.login("ann@example.com", f"wrong password {n}", "", ADDRESS) for n in range(20))
-            found = [type(each) for each in await asyncio.gather(*attempts, return_exceptions=True)]
-            assert found.count(InvalidCredentials) <= 3
-            assert found.count(AccountLocked) == 20 - found.count(InvalidCredentials)
-            # Attempts whose process died before they were judged count as well.
-            await w.value("UPDATE login_failures SET failures = 3, locked_until = NULL")
-            with pytest.raises(AccountLocked):
-                await w.login.login("ann@example.com", PASSWORD, "", ADDRESS)
-
-    run(test())
-
-
 @pytest.mark.parametrize(
     "hinder",
     [
@@ -339,33 +263,6 @@ def test_a_password_that_was_reset_meanwhile_is_wrong(target: Target, pki: Layou
     run(test())
 
 
-def test_only_so_many_logins_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passwords, "WAITING", 2)
-
-    async def test() -> None:
-        hashes = Passwords(1, CHEAP)
-        release = asyncio.Event()
-        inside = asyncio.Semaphore(0)
-
-        async def hold() -> None:
-            async with hashes.turn():
-                inside.release()
-                await release.wait()
-
-        held = [asyncio.create_task(hold()) for _ in range(3)]
-        await inside.acquire()
-        with pytest.raises(QueueFull, match="too many logins"):
-            async with hashes.turn():
-                pytest.fail("two wait already")
-        release.set()
-        await asyncio.gather(*held)
-        async with hashes.turn():
-            pass
-        hashes.close()
-
-    run(test())
-
-
 def test_unicode_passwords_match_in_any_form() -> None:
     async def test() -> None:
         hashes = Passwords(1, CHEAP)
@@ -384,8 +281,3 @@ def test_unicode_passwords_match_in_any_form() -> None:
 def test_the_real_parameters_are_those_of_rfc_9106() -> None:
     stored = PasswordHasher().hash("x")
     assert stored.startswith("$argon2id$v=19$m=65536,t=3,p=4$")
-
-
-def test_the_table_of_failures_holds_no_names() -> None:
-    assert lockout.subject("ann@example.com") != b"ann@example.com"
-    assert len(lockout.subject("ann@example.com")) == 32

@@ -280,6 +280,10 @@ DATA = {
         INSERT INTO ledger_days (day, sequence, hash, seal) VALUES ('2026-11-25', 1, sha256('row'), sha256('seal'));
     """,
     "new_keys": "SELECT 1",
+    "login": """
+        INSERT INTO login_attempts (account, address, failures) VALUES (sha256('a@b'), '192.0.2.1', 3);
+        INSERT INTO known_addresses (user_id, address) VALUES ('00000000-0000-4000-8000-000000000002', '192.0.2.1');
+    """,
 }
 """What a release with the migration of this name may have written. A new migration brings its own rows."""
 

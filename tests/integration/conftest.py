@@ -41,7 +41,12 @@ def demo(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stac
 def site(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Everything with accounts on, behind two gateways: two organisations, whose owners are logged in."""
     own = own_certificates(certs, tmp_path_factory.mktemp("site"))
-    options = {"HELIX_AUTH_LOCKOUT_FAILURES": "3", "HELIX_POOL_SCRIPT_STEP_MS": "1"}
+    options = {
+        "HELIX_AUTH_LOGIN_FREE_ATTEMPTS": "3",
+        "HELIX_AUTH_LOGIN_FREE_PER_ADDRESS": "100000",  # all clients of these tests have one address
+        "HELIX_GATEWAY_UNKNOWN_KEYS_PER_MINUTE": "100000",
+        "HELIX_POOL_SCRIPT_STEP_MS": "1",
+    }
     with platform(own, gateways=2, **options) as started, settled(started) as site:
         yield site
 
