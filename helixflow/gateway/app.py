@@ -88,7 +88,7 @@ class Gateway:
         if self._cors is not None and self._cors.apply(request):
             await request.respond(204, b"", headers=self._cors.preflight(request))
             return
-        route = self._router.find(request.method, request.path)
+        route, request.path = self._router.locate(request.method, request.path)
         request.route = route.path
         if route.policy not in self._open:
             _authorise(await authenticate(request, self._keys), route)

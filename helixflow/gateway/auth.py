@@ -11,6 +11,8 @@ from helixflow.gateway.http import Request
 from helixflow.limits.model import TOKENS, SubjectLimits
 from helixflow.refusals import refusal
 
+OTHER_HEADERS = (b"x-api-key", b"api-key")
+"""Where clients of Anthropic's and Azure's APIs put the key."""
 MAX_CREDENTIAL_BYTES = 8192
 """Longest bearer token that is looked at: issued keys have 52 characters, access tokens about 1,000."""
 
@@ -139,12 +141,27 @@ def bearer(header: bytes | None) -> bytes:
     return token
 
 
+def presented(request: Request) -> bytes:
+    """The credential of a request: the bearer token, or what `x-api-key` or `api-key` holds, as other APIs send it.
+
+    Raises InvalidApiKey when there is none, and when there are several: which one counts must not depend on their
+    order, because whatever stands before the gateway may have looked at another one.
+    """
+    given = {bearer(value) for value in request.values(b"authorization")}
+    for name in OTHER_HEADERS:
+        given.update(value.strip() for value in request.values(name))
+    given.discard(b"")
+    if len(given) > 1:
+        raise refusal(InvalidApiKey, "the request holds several API keys that differ: send one")
+    return given.pop() if given else bearer(None)
+
+
 async def authenticate(request: Request, store: KeyStore) -> Principal:
     """Finds the caller and notes it in the request.
 
     Raises InvalidApiKey, InvalidToken, PermissionDenied (not for this route), RateLimitExceeded or Unavailable.
     """
-    token = bearer(request.headers.get(b"authorization"))
+    token = presented(request)
     if len(token) > MAX_CREDENTIAL_BYTES:
         raise unknown_key()
     principal = store.known(token)

@@ -15,7 +15,9 @@ from helixflow.refusals import refusal
 WATCH_AFTER_S = 0.02
 """A call this old (seconds) is watched for a disconnect. Most are over by then, and a watch costs more than they do."""
 NAMES_S = 1.0
-"""Aliases are looked up again after this time (seconds)."""
+"""Aliases and lengths are looked up again after this time (seconds)."""
+UNBOUNDED = 2**31 - 1
+"""Positions of a model that nobody knows."""
 
 
 class Running:
@@ -132,6 +134,7 @@ class Bridge:
         self._sweeping = False
         self._on_idle: Callable[[], None] | None = None
         self._names: dict[str, str] = {}
+        self._positions: dict[str, int] = {}
         self._names_until = 0.0
         self._loop.add_reader(client.fileno(), self._wake_ready)
 
@@ -175,11 +178,21 @@ class Bridge:
 
     def canonical(self, name: str) -> str:
         """The model behind an alias; `name` itself when it is none. At most a second old."""
+        self._look_up()
+        return self._names.get(name, name)
+
+    def positions(self, name: str) -> int:
+        """The most tokens that prompt and answer of this model may have; `UNBOUNDED` while no pool tells."""
+        self._look_up()
+        return self._positions.get(self._names.get(name, name), UNBOUNDED)
+
+    def _look_up(self) -> None:
         now = self._loop.time()
         if now >= self._names_until:
-            self._names = {alias: model.id for model in self._client.models() for alias in model.aliases}
+            models = self._client.models()
+            self._names = {alias: model.id for model in models for alias in model.aliases}
+            self._positions = {model.id: model.max_model_len for model in models}
             self._names_until = now + NAMES_S
-        return self._names.get(name, name)
 
     @property
     def outstanding(self) -> int:

@@ -4,8 +4,12 @@ import re
 
 from helixflow.gateway.http import Request
 
-EXPOSED = b"x-request-id, retry-after"
-METHODS = b"GET, POST, OPTIONS"
+EXPOSED = (
+    b"x-request-id, retry-after, x-should-retry, x-helixflow-ignored, "
+    b"x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, "
+    b"x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
+)
+METHODS = b"GET, POST, PATCH, PUT, DELETE, OPTIONS"
 MAX_AGE_S = b"600"
 _HEADER_LIST = re.compile(rb"[A-Za-z0-9, _-]{0,2048}")
 

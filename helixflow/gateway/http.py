@@ -166,6 +166,13 @@ class Request:
             self._query = _parse_query(self._scope.get("query_string", b""))
         return self._query
 
+    def values(self, name: bytes) -> list[bytes]:
+        """Every value of a header; `headers` has the last one only."""
+        if len(self.headers) == len(self._scope["headers"]):
+            value = self.headers.get(name)
+            return [] if value is None else [value]
+        return [value for header, value in self._scope["headers"] if header == name]
+
     def cookie(self, name: str) -> str | None:
         """The value of a cookie; None when it is missing or stands there twice. HTTP/2 may send a header for each."""
         found = []

@@ -6,17 +6,21 @@ from typing import Any
 
 import msgspec
 
+from helixflow import log
 from helixflow.config import GatewayConfig
 from helixflow.core_rs import Call, CoreError, GenerateRequest, InvalidRequest, Prompt
-from helixflow.gateway import schema
+from helixflow.gateway import ignored, schema
 from helixflow.gateway.accounting import Accountant, Admission
 from helixflow.gateway.bridge import Bridge, Running
 from helixflow.gateway.errors import final_event
 from helixflow.gateway.http import ClientGone, Request
 from helixflow.refusals import refusal
 
-KEEP_ALIVE = b": keep-alive\n\n"
-"""An SSE comment: clients skip it, and everything on the way sees that the connection lives."""
+KEEP_ALIVE = b": keep-alive\n"
+"""An SSE comment: clients skip it, and everything on the way sees that the connection lives.
+
+One newline: an empty line ends an event, and some clients decode the empty one that they have read then.
+"""
 COMPLETION_TOKENS = 16
 """`max_tokens` of a text completion that names none, as the OpenAI API documents it."""
 BYTES_PER_TOKEN = 4
@@ -27,6 +31,8 @@ MAX_TIMEOUT_MS = 86_400_000
 _TIMEOUT = "x-request-timeout-ms"
 
 Answer = Callable[[Request, Running, Admission], Awaitable[CoreError | None]]
+
+logger = log.get("gateway")
 
 _OPTIONAL = (
     "n",
@@ -48,6 +54,7 @@ class Inference:
         self._accountant = accountant
         self._timeout_ms = options.request_timeout_ms
         self._keep_alive_s = options.keepalive_s
+        self._strict = options.strict_parameters
 
     async def chat(self, request: Request) -> None:
         """POST /v1/chat/completions."""
@@ -56,7 +63,7 @@ class Inference:
         options = self._options(request, body)
         limit = body.max_completion_tokens or body.max_tokens
         if limit is not None:
-            options["max_tokens"] = limit
+            limit = options["max_tokens"] = self._fitting(body.model, limit)
         if body.logprobs:
             options["logprobs"] = body.top_logprobs or 0
         generate = GenerateRequest(prompts=[Prompt.chat(body.conversation())], **options)
@@ -79,7 +86,8 @@ class Inference:
         self._bridge.admit()
         body, size = await self._read(request, schema.COMPLETION)
         options = self._options(request, body)
-        options["max_tokens"] = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        wanted = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        options["max_tokens"] = self._fitting(body.model, wanted)
         if body.logprobs is not None:
             options["logprobs"] = body.logprobs
         if body.echo:
@@ -143,7 +151,16 @@ class Inference:
             schema.check_size(body, max((model.max_model_len for model in self._bridge.models()), default=0))
         if request.caller.content is not None:
             request.body = body
-        return schema.decode(decoder, body), len(body)
+        parsed = schema.decode(decoder, body)
+        names = schema.without_effect(body, parsed, self._strict)
+        if names:
+            request.extra_headers.append((ignored.HEADER, ignored.header(names)))
+            logger.debug("parts of a request have no effect", request_id=request.id, names=names[: ignored.MAX_NAMES])
+        return parsed, len(body)
+
+    def _fitting(self, model: str, wanted: int) -> int:
+        """Tokens to ask for: no more than the model has positions, which the pool cuts to what the prompt leaves."""
+        return min(wanted, self._bridge.positions(model), schema.MAX_TOKENS)
 
     def _options(self, request: Request, body: schema.Sampling) -> dict[str, Any]:
         """The arguments of GenerateRequest that chat and completions share; absent ones keep its defaults."""

@@ -21,7 +21,14 @@ class Models:
 
     def _named(self) -> dict[str, dict[str, Any]]:
         return {
-            name: {"id": name, "object": "model", "created": model.created, "owned_by": OWNER}
+            name: {
+                "id": name,
+                "object": "model",
+                "created": model.created,
+                "owned_by": OWNER,
+                "max_model_len": model.max_model_len,  # as vLLM names it
+                "context_length": model.max_model_len,  # as OpenRouter does
+            }
             for model in self._bridge.models()
             for name in (model.id, *model.aliases)
         }
@@ -36,6 +43,7 @@ class Models:
         """One model. Raises ModelNotFound; Unavailable while no pool is ready, because then nobody knows."""
         name = request.path.removeprefix(PREFIX)
         named = self._named()
+        name = name if name in named else name.strip("/")
         if not named:
             raise refusal(Unavailable, "no inference pool is ready; try again shortly")
         if name not in named:

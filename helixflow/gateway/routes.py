@@ -1,7 +1,8 @@
 """The route table. A route says who may call it, or the gateway does not start."""
 
+import difflib
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -16,6 +17,11 @@ Handler = Callable[[Request], Awaitable[None]]
 PARAMETER = "{id}"
 """At the end of a path it takes everything that follows: names of models have slashes."""
 
+API = "/v1/"
+MAX_GUESSED = 200
+"""Characters of a path whose meaning is guessed at."""
+
+_SLASHES = re.compile(r"/{2,}")
 _SEGMENT = re.compile(r"\\{([a-z_]+)\\}")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]")
 
@@ -70,13 +76,34 @@ class Router:
 
     def find(self, method: str, path: str) -> Route:
         """The route. Raises NotFound, or Allowed when the path exists with other methods."""
+        return self.locate(method, path)[0]
+
+    def locate(self, method: str, path: str) -> tuple[Route, str]:
+        """The route of a path, and the path as the route spells it: see `spellings`. Raises what `find` raises."""
         methods = self._exact.get(path) or self._by_pattern(path)
         if methods is None:
-            raise nothing_at(path)
+            path, methods = self._spelt_otherwise(path)
         route = methods.get(method)
         if route is None:
             raise Allowed(f"{path[:200]!r} does not answer {method}", methods)
-        return route
+        return route, path
+
+    def _spelt_otherwise(self, path: str) -> tuple[str, dict[str, Route]]:
+        for other in spellings(path):
+            methods = self._exact.get(other)
+            if methods is None and other.startswith(API):
+                methods = self._by_pattern(other)
+            if methods is not None:
+                return other, methods
+        raise nothing_at(path, self._like(path))
+
+    def _like(self, path: str) -> str | None:
+        """The path of the API that somebody may have meant who asked for another one."""
+        if len(path) > MAX_GUESSED:
+            return None
+        known = [route for route in self._exact if route.startswith(API)]
+        inside = [route for route in known if path.rstrip("/").endswith(route.removeprefix("/v1"))]
+        return max(inside, key=len, default=next(iter(difflib.get_close_matches(path, known, 1)), None))
 
     def _table(self, path: str) -> dict[str, dict[str, Route]]:
         if "{" not in path:
@@ -90,9 +117,23 @@ class Router:
         return None
 
 
-def nothing_at(path: str) -> NotFound:
-    """The refusal of a path that no route has."""
-    return refusal(NotFound, f"there is no {path[:200]!r} here; the API lives under /v1")
+def spellings(path: str) -> Iterator[str]:
+    """What a path may stand for that no route has: base URLs come with a slash too many, without `/v1` or with two.
+
+    A route that is found so has its own policy and goes by its own path: keys are restricted to that.
+    """
+    if len(path) > MAX_GUESSED:
+        return
+    clean = "/" + _SLASHES.sub("/", path).strip("/")
+    if clean != path:
+        yield clean
+    yield clean.removeprefix("/v1") if clean.startswith(API) else "/v1" + clean
+
+
+def nothing_at(path: str, like: str | None = None) -> NotFound:
+    """The refusal of a path that no route has. `like`: one that exists and may have been meant."""
+    hint = f"did you mean {like}?" if like else "the API lives under /v1"
+    return refusal(NotFound, f"there is no {path[:200]!r} here; {hint}")
 
 
 def parameters(template: str, request: Request) -> dict[str, str]:

@@ -1,39 +1,42 @@
 """The OpenAI request bodies, decoded and validated in one pass.
 
-Every parameter is one of four things: understood; accepted and without effect here (`user`, `metadata`); known to
-the OpenAI API but not built, which is refused by name unless it says what happens anyway; unknown, which is refused.
-`null` means absent.
+A parameter is one of four things: understood; a wish, accepted and without effect here (`user`, `store`); known and
+not built although it would change what the answer means, which is refused by name unless its value says what happens
+anyway; unknown, which is ignored, at the top level only without `gateway.strict_parameters`. What is ignored is named
+in the answer (`ignored`). `null` means absent, and values count as they decode, not as they are spelt.
 """
 
 import re
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import Meta, Struct
 
-from helixflow.core_rs import CoreError, InvalidRequest, UnsupportedParameter, json_within
+from helixflow.core_rs import CoreError, InvalidRequest, json_within
+from helixflow.gateway import ignored
+from helixflow.gateway.conversation import Harmless, Message, Name, Part, refuse_unbuilt, unbuilt
 from helixflow.refusals import refusal
 
 MAX_MESSAGES = 4096
-MAX_PARTS = 1024
 MAX_PROMPTS = 128
 MAX_BIASES = 1024
+MAX_STOPS = 16
+"""Stop strings of a request; OpenAI allows four, other servers any number."""
 SMALL_BODY = 65536
 """Bodies up to this size (bytes) are decoded within a few milliseconds whatever they hold."""
 MAX_STRUCTURES = 10 * MAX_MESSAGES
 """Arrays, objects and members of a larger body: a message of one text part has eight."""
 MAX_ELEMENTS = 65536
 """Elements of a larger body, besides the token ids of its prompts."""
-ROLES = frozenset(("system", "developer", "user", "assistant"))
+MAX_TOKENS = 2**31 - 1
+"""More is asked for by clients that mean: as many as fit."""
 
-Absent = Raw(b"null")
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
-Stop = StopText | Annotated[list[StopText], Meta(max_length=4)]
+Stop = StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)]
 Choices = Annotated[int, Meta(ge=1, le=16)]
-Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-TokensOrNone = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Tokens = Annotated[int, Meta(ge=1)]
+TokensOrNone = Annotated[int, Meta(ge=0)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 TopP = Annotated[float, Meta(ge=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
@@ -43,91 +46,44 @@ Repetition = Annotated[float, Meta(ge=0.01, le=10)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 LogitBias = Annotated[dict[TokenId, Bias], Meta(max_length=MAX_BIASES)]
-Metadata = Annotated[dict[str, str], Meta(max_length=16)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 
+WISHES = frozenset(
+    (
+        "cache_salt",
+        "include_reasoning",
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning",
+        "reasoning_effort",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "spaces_between_special_tokens",
+        "store",
+        "thinking",
+        "user",
+        "verbosity",
+    )
+)
+"""Known to some API, and nothing that an answer has to follow: accepted whatever their values, in strict mode too."""
 
-class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+
+class StreamOptions(Struct, frozen=True):
     """`stream_options`."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class Part(Struct, frozen=True, forbid_unknown_fields=True):
-    """One part of a message's content. Only `text` parts are built."""
-
-    type: str
-    text: str | None = None
-    image_url: Raw = Absent
-    input_audio: Raw = Absent
-    file: Raw = Absent
-    refusal: Raw = Absent
-
-
-class Message(Struct, frozen=True, forbid_unknown_fields=True):
-    """One message of a chat."""
-
-    role: str
-    content: str | Annotated[list[Part], Meta(max_length=MAX_PARTS)] | None = None
-    name: Name | None = None
-    refusal: Raw = Absent
-    annotations: Raw = Absent
-    audio: Raw = Absent
-    tool_calls: Raw = Absent
-    tool_call_id: Raw = Absent
-    function_call: Raw = Absent
-    reasoning_content: Raw = Absent
-
-    UNSUPPORTED: ClassVar[dict[str, tuple[bytes, ...]]] = {
-        "refusal": (b"null",),
-        "annotations": (b"null", b"[]"),
-        "audio": (b"null",),
-        "tool_calls": (b"null", b"[]"),
-        "tool_call_id": (b"null",),
-        "function_call": (b"null",),
-        "reasoning_content": (b"null",),
-    }
-
-    def flat(self, path: str) -> tuple[str, str, str | None]:
-        """(role, text, name). Raises InvalidRequest and UnsupportedParameter."""
-        if self.role not in ROLES:
-            known = ", ".join(sorted(ROLES))
-            if self.role in ("tool", "function"):
-                raise refusal(
-                    UnsupportedParameter, f"{path}.role: {self.role!r} is not built; use {known}", f"{path}.role"
-                )
-            raise refusal(
-                InvalidRequest, f"{path}.role: {self.role[:100]!r} is not a role; use {known}", f"{path}.role"
-            )
-        for name, harmless in self.UNSUPPORTED.items():
-            raw = getattr(self, name)
-            if raw is not Absent and bytes(raw) not in harmless:
-                raise _unsupported(f"{path}.{name}")
-        if isinstance(self.content, str):
-            return self.role, self.content, self.name
-        if self.content is None:
-            if self.role == "assistant":
-                return self.role, "", self.name
-            raise refusal(
-                InvalidRequest, f"{path}.content: expected a string or an array of text parts", f"{path}.content"
-            )
-        texts = [_text(part, f"{path}.content[{index}]") for index, part in enumerate(self.content)]
-        return self.role, "".join(texts), self.name
-
-
-def _text(part: Part, path: str) -> str:
-    if part.type != "text":
-        raise refusal(
-            UnsupportedParameter, f"{path}.type: {part.type[:100]!r} is not built; only text parts are", f"{path}.type"
-        )
-    if part.text is None:
-        raise refusal(InvalidRequest, f"{path}.text: a text part needs its text", f"{path}.text")
-    return part.text
-
-
-class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What chat and text completions share."""
+class Sampling(Struct, frozen=True, kw_only=True):
+    """What chat and text completions share. The last block is not built."""
 
     model: Name
     stream: bool | None = None
@@ -144,22 +100,60 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     seed: Seed | None = None
     logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None
-    user: str | None = None
-    metadata: Metadata | None = None
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[bytes, ...]]] = {}
+    best_of: Any = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    grammar: Any = None
+    json_schema: Any = None
+    bad_words: Any = None
+    allowed_token_ids: Any = None
+    include_stop_str_in_output: Any = None
+    prompt_logprobs: Any = None
+    return_token_ids: Any = None
+    truncate_prompt_tokens: Any = None
+    use_beam_search: Any = None
+
+    NOT_BUILT: ClassVar[Harmless] = {
+        "best_of": (1,),
+        "structured_outputs": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": ([],),
+        "guided_grammar": (),
+        "grammar": ("",),
+        "json_schema": (),
+        "bad_words": ([],),
+        "allowed_token_ids": ([],),
+        "include_stop_str_in_output": (False,),
+        "prompt_logprobs": (),
+        "return_token_ids": (False,),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+    }
 
     def check(self) -> None:
         """What one field cannot say alone. Raises InvalidRequest and UnsupportedParameter."""
-        for name, harmless in self.UNSUPPORTED.items():
-            raw = getattr(self, name)
-            if raw is not Absent and bytes(raw) not in harmless:
-                raise _unsupported(name)
+        refuse_unbuilt(self, self.NOT_BUILT)
+        if self.response_format is not None and not _is_text(self.response_format):
+            raise unbuilt("response_format")
         if self.stream_options is not None and not self.stream:
             raise refusal(InvalidRequest, "stream_options: only allowed with `stream: true`", "stream_options")
 
+    def dropped(self) -> list[str]:
+        """Names of what was understood and has no effect."""
+        return []
 
-class Chat(Sampling, frozen=True, forbid_unknown_fields=True, kw_only=True):
+
+def _is_text(response_format: Any) -> bool:
+    return isinstance(response_format, dict) and response_format.get("type") == "text"
+
+
+class Chat(Sampling, frozen=True, kw_only=True):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -167,72 +161,64 @@ class Chat(Sampling, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    tools: Raw = Absent
-    tool_choice: Raw = Absent
-    parallel_tool_calls: Raw = Absent
-    functions: Raw = Absent
-    function_call: Raw = Absent
-    response_format: Raw = Absent
-    modalities: Raw = Absent
-    audio: Raw = Absent
-    prediction: Raw = Absent
-    reasoning_effort: Raw = Absent
-    verbosity: Raw = Absent
-    web_search_options: Raw = Absent
-    store: Raw = Absent
-    service_tier: Raw = Absent
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[bytes, ...]]] = {
-        "tools": (b"null", b"[]"),
-        "tool_choice": (b"null", b'"none"', b'"auto"'),
-        "parallel_tool_calls": (b"null", b"true", b"false"),
-        "functions": (b"null", b"[]"),
-        "function_call": (b"null", b'"none"', b'"auto"'),
-        "audio": (b"null",),
-        "prediction": (b"null",),
-        "reasoning_effort": (b"null", b'"none"'),
-        "verbosity": (b"null", b'"medium"'),
-        "web_search_options": (b"null",),
-        "store": (b"null", b"false"),
-        "service_tier": (b"null", b'"auto"', b'"default"'),
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+    chat_template: Any = None
+    documents: Any = None
+    echo: Any = None
+    add_special_tokens: Any = None
+
+    NOT_BUILT: ClassVar[Harmless] = {
+        **Sampling.NOT_BUILT,
+        "tool_choice": ("none", "auto"),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+        "chat_template": (),
+        "documents": ([],),
+        "echo": (False,),
+        "add_special_tokens": (False,),
     }
 
     def check(self) -> None:
         """See `Sampling.check`."""
-        for name, harmless in (("response_format", {"type": "text"}), ("modalities", ["text"])):
-            raw = getattr(self, name)
-            if raw is not Absent and bytes(raw) != b"null" and _plain(raw, name) != harmless:
-                raise _unsupported(name)
         Sampling.check(self)
-        if self.top_logprobs is not None and not self.logprobs:
+        for name, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+            if getattr(self, name) not in (None, []) and getattr(self, choice) != "none":
+                raise unbuilt(name, f'leave it out, or send `{choice}: "none"`')
+        if self.top_logprobs and not self.logprobs:
             raise refusal(InvalidRequest, "top_logprobs: only allowed with `logprobs: true`", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise refusal(
                 InvalidRequest, "max_tokens: differs from max_completion_tokens; send one of them", "max_tokens"
             )
 
+    def dropped(self) -> list[str]:
+        """Tools that may not be called: no template is told of them."""
+        return [name for name in ("tools", "functions") if getattr(self, name)]
+
     def conversation(self) -> list[tuple[str, str, str | None]]:
         """(role, text, name) of every message. Raises InvalidRequest and UnsupportedParameter."""
         return [message.flat(f"messages[{index}]") for index, message in enumerate(self.messages)]
 
 
-class Completion(Sampling, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Completion(Sampling, frozen=True, kw_only=True):
     """The body of POST /v1/completions."""
 
     prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
     max_tokens: TokensOrNone | None = None
     logprobs: TopLogprobs | None = None
     echo: bool | None = None
-    suffix: Raw = Absent
-    best_of: Raw = Absent
+    suffix: Any = None
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[bytes, ...]]] = {
-        "suffix": (b"null", b'""'),
-        "best_of": (b"null", b"1"),
-    }
+    NOT_BUILT: ClassVar[Harmless] = {**Sampling.NOT_BUILT, "suffix": ("",)}
 
     def check(self) -> None:
         """See `Sampling.check`."""
@@ -260,7 +246,7 @@ class Completion(Sampling, frozen=True, forbid_unknown_fields=True, kw_only=True
         return prompts
 
 
-class Tokenize(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Tokenize(Struct, frozen=True, kw_only=True):
     """The body of POST /tokenize: a text, or a chat through the model's template."""
 
     model: Name
@@ -274,8 +260,12 @@ class Tokenize(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if (self.prompt is None) == (self.messages is None):
             raise refusal(InvalidRequest, "prompt: send either prompt or messages", "prompt")
 
+    def dropped(self) -> list[str]:
+        """Nothing."""
+        return []
 
-class Detokenize(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+
+class Detokenize(Struct, frozen=True, kw_only=True):
     """The body of POST /detokenize."""
 
     model: Name
@@ -283,6 +273,10 @@ class Detokenize(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def check(self) -> None:
         """Nothing beyond the types."""
+
+    def dropped(self) -> list[str]:
+        """Nothing."""
+        return []
 
 
 Body = TypeVar("Body", Chat, Completion, Tokenize, Detokenize)
@@ -292,8 +286,17 @@ COMPLETION = msgspec.json.Decoder(Completion)
 TOKENIZE = msgspec.json.Decoder(Tokenize)
 DETOKENIZE = msgspec.json.Decoder(Detokenize)
 
+_MESSAGE = ignored.Shape(Message, content=ignored.Shape(Part))
+_STREAM_OPTIONS = ignored.Shape(StreamOptions)
+_SHAPES: dict[type[Struct], ignored.Shape] = {
+    Chat: ignored.Shape(Chat, messages=_MESSAGE, stream_options=_STREAM_OPTIONS),
+    Completion: ignored.Shape(Completion, stream_options=_STREAM_OPTIONS),
+    Tokenize: ignored.Shape(Tokenize, messages=_MESSAGE),
+    Detokenize: ignored.Shape(Detokenize),
+}
+
 _AT = re.compile(r"(?s)(?P<what>.*?) - at (?:`key` in )?`\$\.?(?P<path>.*)`")
-_FIELD = re.compile(r"Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<name>.*)`", re.DOTALL)
 
 
 def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
@@ -308,6 +311,18 @@ def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
         raise refusal(InvalidRequest, "the body is nested too deeply") from None
     parsed.check()
     return parsed
+
+
+def without_effect(body: bytes, parsed: Body, strict: bool) -> list[str]:
+    """Names of what a body holds and the answer does not follow. `body`: what `parsed` was decoded from.
+
+    `strict`: raises InvalidRequest for an unknown key at the top level.
+    """
+    top, below = ignored.unknown(body, _SHAPES[type(parsed)])
+    for name in top if strict else ():
+        if name not in WISHES:
+            raise refusal(InvalidRequest, f"{name[:200]}: is not a parameter here", name[:200])
+    return parsed.dropped() + top + below
 
 
 def check_size(body: bytes, longest: int) -> None:
@@ -327,26 +342,12 @@ def _explain(problem: str) -> CoreError:
     """Turns msgspec's sentence into ours: the path first, in the form `messages[2].role`."""
     at = _AT.fullmatch(problem)
     what, path = (at["what"], at["path"]) if at else (problem, "")
-    field = _FIELD.fullmatch(what)
-    if field:
-        path = f"{path}.{field['name']}" if path else field["name"]
-        path = path[:200]
-        unknown = field["how"] == "contains unknown"
-        what = "is not a parameter here" if unknown else "is required"
-        return refusal(InvalidRequest, f"{path}: {what}", path)
+    missing = _MISSING.fullmatch(what)
+    if missing:
+        path = f"{path}.{missing['name']}" if path else missing["name"]
+        what = "is required"
     what = what.replace(" | null", "")
     what = what[:1].lower() + what[1:]
     if not path:
         return refusal(InvalidRequest, f"the body: {what}")
     return refusal(InvalidRequest, f"{path}: {what}", path)
-
-
-def _unsupported(path: str) -> CoreError:
-    return refusal(UnsupportedParameter, f"{path}: this is not built; leave it out", path)
-
-
-def _plain(raw: Raw, name: str) -> Any:
-    try:
-        return msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise refusal(InvalidRequest, f"{name}: is not JSON", name) from None

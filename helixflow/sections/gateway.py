@@ -40,6 +40,9 @@ class GatewayConfig:
     )
     key_cache_size: int = option(100_000, "credentials a worker remembers", check=between(100, 10_000_000))
     cors_origins: tuple[str, ...] = option((), "origins that browsers may call from; empty: CORS is off")
+    strict_parameters: bool = option(
+        False, "refuse request parameters that nobody knows; otherwise they are ignored and named in the answer"
+    )
     max_body_bytes: int = option(4 * 1024 * 1024, "largest request body (bytes)", check=between(1024, 1 << 30))
     keepalive_s: float = option(15.0, "a silent stream gets a comment this often (seconds)", check=between(0.05, 3600))
     drain_timeout_s: float = option(30.0, "streams may run this long after SIGTERM (seconds)", check=between(0, 3600))

@@ -69,10 +69,20 @@ def test_models(served: Served) -> None:
         assert listed["object"] == "list"
         assert names == sorted(names)
         assert {"echo", "gpt-4", "team/echo"} <= set(names)
-        expected = {"id": "gpt-4", "object": "model", "created": 1_700_000_000, "owned_by": "helixflow"}
+        expected = {
+            "id": "gpt-4",
+            "object": "model",
+            "created": 1_700_000_000,
+            "owned_by": "helixflow",
+            "max_model_len": 128,
+            "context_length": 128,
+        }
         assert client.get("/v1/models/gpt-4").json() == expected
         assert client.get("/v1/models/team/echo").json()["id"] == "team/echo"
         assert client.get("/v1/models/team%2Fecho").json()["id"] == "team/echo"
+        for path in ("/models/team/echo", "/v1//models/team/echo", "/v1/models/team/echo/"):
+            assert client.get(path).json()["id"] == "team/echo"
+        assert client.get("/models/").json() == listed
         answer = client.get("/v1/models/none")
     assert answer.status_code == 404
     assert error_of(answer)["code"] == "model_not_found"
@@ -99,6 +109,38 @@ def test_scheme_of_the_key_has_no_case(served: Served) -> None:
     assert answer.status_code == 200
 
 
+KEY_HEADERS = ("Authorization", "x-api-key", "api-key")
+
+
+def presented(name: str, key: str) -> tuple[str, str]:
+    return name, f"Bearer {key}" if name == "Authorization" else key
+
+
+@pytest.mark.parametrize("name", KEY_HEADERS)
+def test_a_key_may_come_in_three_headers(served: Served, name: str) -> None:
+    with served.client(headers=[presented(name, "demo-key")]) as client:
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+    for wrong in ["nobody"] if name == "Authorization" else ["nobody", ""]:
+        with served.client(headers=[presented(name, wrong)]) as client:
+            answer = client.post("/v1/chat/completions", json=CHAT)
+            assert answer.status_code == 401
+            assert error_of(answer)["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize("second", KEY_HEADERS)
+@pytest.mark.parametrize("first", KEY_HEADERS)
+@pytest.mark.parametrize("http2", [False, True])
+def test_keys_that_differ_are_refused_in_any_order(served: Served, http2: bool, first: str, second: str) -> None:
+    with served.client(http1=not http2, http2=http2) as client:
+        for keys in (("demo-key", "other"), ("other", "demo-key")):
+            headers = [presented(first, keys[0]), presented(second, keys[1])]
+            answer = client.post("/v1/chat/completions", json=CHAT, headers=headers)
+            assert answer.status_code == 401
+            assert "several" in str(error_of(answer)["message"])
+        same = [presented(first, "demo-key"), presented(second, "demo-key")]
+        assert client.post("/v1/chat/completions", json=CHAT, headers=same).status_code == 200
+
+
 def test_production_does_not_know_the_public_key(pki: Layout, tmp_path: Path) -> None:
     options = {"HELIX_PROFILE": "production", "HELIX_GATEWAY_ACCOUNTS": "true", "HELIX_GATEWAY_AUTH": "127.0.0.1:1"}
     with serving(pki, **options, HELIX_HOME=str(tmp_path)) as production, production.client() as client:
@@ -117,7 +159,7 @@ def test_unknown_path_and_wrong_method(client: httpx.Client) -> None:
     assert answer.headers["allow"] == "POST"
     assert error_of(answer)["code"] == "method_not_allowed"
     assert client.delete("/health").headers["allow"] == "GET, HEAD"
-    assert client.get("/v1/models/").status_code == 404
+    assert "did you mean /v1/models?" in client.get("/v1/model").text
 
 
 def test_request_id(client: httpx.Client) -> None:
@@ -223,7 +265,7 @@ def test_a_body_that_never_comes(served: Served, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "path", ["//health", "/health/", "/v1//models", "/v1/%2e%2e/health", "/HEALTH", "/v1/models/%0d%0ax-evil:%201", "*"]
+    "path", ["/v1/%2e%2e/health", "/v1/../health", "/HEALTH", "/v1/models/%0d%0ax-evil:%201", "//evil.example/x", "*"]
 )
 def test_path_tricks_find_nothing(served: Served, path: str) -> None:
     with contextlib.closing(served.raw()) as connection:
@@ -245,11 +287,17 @@ def test_cors_for_named_origins_only(pki: Layout) -> None:
         assert answer.status_code == 204
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
         assert answer.headers["access-control-allow-headers"] == "authorization, x-stainless-os"
-        assert "POST" in answer.headers["access-control-allow-methods"]
+        methods = answer.headers["access-control-allow-methods"].split(", ")
+        assert {"GET", "POST", "PATCH", "PUT", "DELETE"} <= set(methods)
         assert answer.headers["vary"] == "origin"
         answer = client.post("/v1/chat/completions", json=CHAT, headers={"origin": "https://a.example", **KEY})
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        exposed = answer.headers["access-control-expose-headers"].split(", ")
+        limits = {
+            f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
+        }
+        assert {"x-request-id", "retry-after", "x-helixflow-ignored", *limits} <= set(exposed)
         other = client.options("/v1/chat/completions", headers={"origin": "https://b.example", **wanted})
         assert other.status_code == 405
         assert "access-control-allow-origin" not in other.headers

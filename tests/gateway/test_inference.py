@@ -13,7 +13,8 @@ import httpx2
 import openai
 import pytest
 
-from tests.gateway.conftest import KEY, Served
+from helixflow.pki.layout import Layout
+from tests.gateway.conftest import KEY, Served, serving
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -66,6 +67,20 @@ def test_keep_alive_comments_while_waiting(served: Served) -> None:
     ):
         lines = (line for line in answer.iter_lines() if line)
         assert [next(lines), next(lines)] == [": keep-alive", ": keep-alive"]
+
+
+def test_a_comment_begins_no_event(served: Served) -> None:
+    with (
+        served.client(headers=KEY) as client,
+        client.stream("POST", "/v1/chat/completions", json=chat("stuck", stream=True)) as answer,
+    ):
+        data = b""
+        for piece in answer.iter_bytes():
+            data += piece
+            if data.count(b"keep-alive") == 3:
+                break
+    # Clients that split at empty lines (openai-go up to 3.8) would decode what stands between two of them.
+    assert data == b": keep-alive\n" * 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -261,6 +276,32 @@ def test_tokenize_and_detokenize(served: Served, client: httpx.Client) -> None:
     assert back.arguments["payload"] == [1, 2]
     answer = client.post("/tokenize", json={"model": "echo"})
     assert answer.status_code == 400
+
+
+def test_what_has_no_effect_is_named(client: httpx.Client) -> None:
+    body = chat("echo", store=True, foo=1, stream=True, stream_options={"continuous_usage_stats": True})
+    body["messages"] = [{"role": "user", "content": "x", "id": 7}]
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200
+    named = "store, foo, stream_options.continuous_usage_stats, messages[].id"
+    assert sorted(answer.headers["x-helixflow-ignored"].split(", ")) == sorted(named.split(", "))
+    assert "x-helixflow-ignored" not in client.post("/v1/chat/completions", json=chat("echo")).headers
+
+
+def test_strict_parameters(pki: Layout) -> None:
+    with serving(pki, HELIX_GATEWAY_STRICT_PARAMETERS="true") as served, served.client(headers=KEY) as client:
+        assert client.post("/v1/chat/completions", json=chat("echo", store=True, user="u")).status_code == 200
+        answer = client.post("/v1/chat/completions", json=chat("echo", temprature=1))
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "temprature"
+
+
+def test_more_tokens_than_there_are_positions_are_cut(served: Served, client: httpx.Client) -> None:
+    for wanted in (32_000, 2**40):
+        _call, options = sent(served, client, "/v1/chat/completions", chat("gpt-4", max_tokens=wanted))
+        assert options["max_tokens"] == 128
+    _call, options = sent(served, client, "/v1/completions", {"model": "echo", "prompt": "x", "max_tokens": 2**40})
+    assert options["max_tokens"] == 128
 
 
 def test_official_client(served: Served) -> None:

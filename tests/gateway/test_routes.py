@@ -1,6 +1,7 @@
 """The route table and the keys, without a server."""
 
 import asyncio
+import re
 
 import pytest
 
@@ -65,8 +66,7 @@ def test_finding_routes() -> None:
     assert router.find("GET", "/m") is exact
     assert router.find("HEAD", "/m") is exact
     assert router.find("GET", "/m/a/b") is one
-    with pytest.raises(NotFound):
-        router.find("GET", "/m/")
+    assert router.find("GET", "/m/") is exact
     with pytest.raises(Allowed) as refused:
         router.find("PUT", "/m/a")
     assert refused.value.methods == "GET, HEAD"
@@ -97,6 +97,50 @@ def test_a_credential_may_be_for_some_routes_and_models_only() -> None:
 def test_headers_without_a_key(header: bytes | None) -> None:
     with pytest.raises(InvalidApiKey):
         bearer(header)
+
+
+CHAT = Route("POST", "/v1/chat/completions", nothing, Policy.KEY)
+MODEL_ROUTE = Route("GET", "/v1/models/{id}", nothing, Policy.KEY)
+TOKENIZE = Route("POST", "/tokenize", nothing, Policy.KEY)
+
+
+@pytest.mark.parametrize(
+    ("path", "route", "spelt"),
+    [
+        ("/chat/completions", CHAT, "/v1/chat/completions"),
+        ("/v1/chat/completions/", CHAT, "/v1/chat/completions"),
+        ("//v1///chat//completions//", CHAT, "/v1/chat/completions"),
+        ("/v1//chat/completions", CHAT, "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", CHAT, "/v1/chat/completions"),
+        ("chat/completions", CHAT, "/v1/chat/completions"),
+        ("/v1/tokenize", TOKENIZE, "/tokenize"),
+        ("/tokenize/", TOKENIZE, "/tokenize"),
+        ("/models/team/m", MODEL_ROUTE, "/v1/models/team/m"),
+        ("//v1/models/m", MODEL_ROUTE, "/v1/models/m"),
+    ],
+)
+def test_a_path_that_is_spelt_otherwise_is_the_same_route(path: str, route: Route, spelt: str) -> None:
+    router = Router([CHAT, MODEL_ROUTE, TOKENIZE])
+    assert router.locate(route.method, path) == (route, spelt)
+    with pytest.raises(Allowed):
+        router.locate("DELETE", path)
+
+
+@pytest.mark.parametrize(
+    ("path", "like"),
+    [
+        ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
+        ("/openai/deployments/gpt-4/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/api/v1/chat/completions/", "did you mean /v1/chat/completions?"),
+        ("/api/zzz", "the API lives under /v1"),
+        ("/v1/chat/completions/../..", "/v1"),
+        ("/v1/chat%2Fcompletions", "/v1"),
+        ("/" + "v1/" * 1000 + "chat/completions", "the API lives under /v1"),
+    ],
+)
+def test_the_refusal_of_a_path_tells_what_was_meant(path: str, like: str) -> None:
+    with pytest.raises(NotFound, match=re.escape(like)):
+        Router([CHAT, TOKENIZE]).find("POST", path)
 
 
 USER = "/u/{user}"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helixflow.core_rs import CoreError, InvalidRequest, UnsupportedParameter
-from helixflow.gateway import schema
+from helixflow.gateway import conversation, ignored, schema
 
 HELLO = [{"role": "user", "content": "Hello"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
@@ -45,7 +45,7 @@ def test_everything_understood() -> None:
         top_k=40,
         min_p=1,
         n=16,
-        stop=["a", "b", "c", "d"],
+        stop=["a", "b", "c", "d", "e"],
         seed=-(2**63),
         presence_penalty=-2,
         frequency_penalty=2,
@@ -54,12 +54,8 @@ def test_everything_understood() -> None:
         logprobs=True,
         top_logprobs=20,
         ignore_eos=True,
-        user="u",
-        metadata={"a": "b"},
-        safety_identifier="s",
-        prompt_cache_key="k",
     )
-    assert body.stop == ["a", "b", "c", "d"]
+    assert body.stop == ["a", "b", "c", "d", "e"]
     assert body.logit_bias == {17: 100.0, 0: -100.0}
     assert body.seed == -(2**63)
 
@@ -83,12 +79,16 @@ def test_null_means_absent() -> None:
         ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "x"}),
-        ("prediction", {}),
-        ("reasoning_effort", "high"),
-        ("verbosity", "low"),
         ("web_search_options", {}),
-        ("store", True),
-        ("service_tier", "flex"),
+        ("best_of", 2),
+        ("best_of", True),
+        ("guided_json", {"type": "object"}),
+        ("structured_outputs", {"regex": "a"}),
+        ("grammar", "root ::= x"),
+        ("chat_template", "{{ 1 }}"),
+        ("documents", [{"text": "x"}]),
+        ("echo", True),
+        ("include_stop_str_in_output", True),
     ],
 )
 def test_known_and_not_built(name: str, value: Any) -> None:
@@ -100,22 +100,111 @@ def test_known_and_not_built(name: str, value: Any) -> None:
     [
         ("tools", []),
         ("tool_choice", "none"),
-        ("parallel_tool_calls", True),
+        ("tool_choice", "auto"),
+        ("functions", []),
+        ("function_call", "auto"),
         ("response_format", {"type": "text"}),
         ("modalities", ["text"]),
-        ("store", False),
-        ("service_tier", "auto"),
-        ("reasoning_effort", "none"),
+        ("best_of", 1),
+        ("grammar", ""),
+        ("use_beam_search", False),
     ],
 )
 def test_not_built_but_says_what_happens_anyway(name: str, value: Any) -> None:
-    assert chat(**{name: value}).model == "m"
+    assert chat(**{name: value}).dropped() == []
+
+
+def test_tools_that_may_not_be_called_are_dropped() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert chat(tools=tools, tool_choice="none").dropped() == ["tools"]
+    assert chat(functions=[{}], function_call="none").dropped() == ["functions"]
+    for choice in ("auto", "required", {"type": "function"}, None):
+        with pytest.raises(UnsupportedParameter):
+            chat(tools=tools, tool_choice=choice)
+
+
+@pytest.mark.parametrize(
+    "spelt",
+    [
+        b'"tools": [ ]',
+        b'"tools": [\n]',
+        b'"tool_choice": "\\u0061uto"',
+        b'"tool_choice": "\\u006eone"',
+        b'"response_format": { "type" : "te\\u0078t" }',
+        b'"best_of": 1.0',
+        b'"top_logprobs": 0, "logprobs": false',
+    ],
+)
+def test_values_count_as_they_decode(spelt: bytes) -> None:
+    assert schema.decode(schema.CHAT, PREFIX + b", " + spelt + b"}").dropped() == []
+
+
+WISHED: list[tuple[str, Any]] = [
+    ("store", True),
+    ("verbosity", "low"),
+    ("service_tier", "flex"),
+    ("prediction", {"type": "content", "content": "x"}),
+    ("reasoning_effort", "high"),
+    ("metadata", {"a": [1, {"b": None}]}),
+    ("user", {"name": "x"}),
+    ("safety_identifier", 5),
+    ("prompt_cache_key", "k"),
+    ("prompt_cache_retention", "24h"),
+    ("parallel_tool_calls", False),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WISHED)
+def test_wishes_are_accepted_and_named(name: str, value: Any) -> None:
+    body = json.dumps({"model": "m", "messages": HELLO, name: value}).encode()
+    parsed = schema.decode(schema.CHAT, body)
+    for strict in (False, True):
+        assert schema.without_effect(body, parsed, strict) == [name]
+
+
+def test_what_nobody_knows_is_named_or_refused_at_the_top_level() -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}], "id": 7, "opts": {}}
+    answer = {"role": "assistant", "content": "y", "id": None, "annotations": [{"url": "z"}], "id2": 1}
+    body = json.dumps(
+        {
+            "model": "m",
+            "messages": [message, answer, message],
+            "foo": 1,
+            "a.b": 2,
+            "gone": None,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+    ).encode()
+    parsed = schema.decode(schema.CHAT, body)
+    below = [
+        "messages[].id",
+        "messages[].opts",
+        "messages[].content[].cache_control",
+        "messages[].annotations",
+        "messages[].id2",
+        "stream_options.continuous_usage_stats",
+    ]
+    assert schema.without_effect(body, parsed, False) == ["foo", "a.b", *below]
+    with pytest.raises(InvalidRequest) as caught:
+        schema.without_effect(body, parsed, True)
+    assert caught.value.param == "foo"
+    allowed = body.replace(b'"foo": 1, "a.b": 2, ', b"")
+    assert schema.without_effect(allowed, schema.decode(schema.CHAT, allowed), True) == below
+
+
+def test_the_header_is_bounded_and_clean() -> None:
+    names = ["x\r\nset-cookie: a=b", "\u00e4" * 500, *(f"n{index}" for index in range(40))]
+    value = ignored.header(names)
+    assert len(value) < ignored.MAX_NAMES * (ignored.MAX_NAME_CHARS + 2) + 8
+    assert value.startswith(b"x??set-cookie??a?b, ???")
+    assert value.endswith(b"n13, +26")
+    assert ignored.header(["a[].b-c_d"]) == b"a[].b-c_d"
 
 
 @pytest.mark.parametrize(
     ("param", "options"),
     [
-        ("foo", {"foo": 1}),
         ("temperature", {"temperature": 2.1}),
         ("temperature", {"temperature": -0.1}),
         ("temperature", {"temperature": "1"}),
@@ -133,7 +222,7 @@ def test_not_built_but_says_what_happens_anyway(name: str, value: Any) -> None:
         ("max_tokens", {"max_tokens": 0}),
         ("max_tokens", {"max_tokens": 5, "max_completion_tokens": 6}),
         ("stop", {"stop": ""}),
-        ("stop", {"stop": list("abcde")}),
+        ("stop", {"stop": ["a"] * 17}),
         ("stop[1]", {"stop": ["a", ""]}),
         ("seed", {"seed": 2**63}),
         ("seed", {"seed": 1.5}),
@@ -144,7 +233,7 @@ def test_not_built_but_says_what_happens_anyway(name: str, value: Any) -> None:
         ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
         ("logprobs", {"logprobs": 5}),
         ("stream_options", {"stream_options": {"include_usage": True}}),
-        ("stream_options.x", {"stream": True, "stream_options": {"x": 1}}),
+        ("stream_options.include_usage", {"stream": True, "stream_options": {"include_usage": 1}}),
         ("model", {"model": None}),
         ("model", {"model": ""}),
         ("messages", {"messages": []}),
@@ -156,7 +245,6 @@ def test_not_built_but_says_what_happens_anyway(name: str, value: Any) -> None:
         ("messages[0].content", {"messages": [{"role": "user", "content": 5}]}),
         ("messages[0].content[0].text", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
         ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}),
-        ("messages[0].extra", {"messages": [{"role": "user", "content": "x", "extra": 1}]}),
         ("messages[0].name", {"messages": [{"role": "user", "content": "x", "name": ""}]}),
     ],
 )
@@ -176,6 +264,7 @@ def test_invalid_values_name_their_path(param: str, options: dict[str, Any]) -> 
         ("messages[0].content[0].type", {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}),
         ("messages[0].tool_calls", {"role": "assistant", "content": None, "tool_calls": [{}]}),
         ("messages[0].audio", {"role": "assistant", "content": None, "audio": {"id": "x"}}),
+        ("messages[0].images", {"role": "user", "content": "x", "images": ["aGk="]}),
     ],
 )  # fmt: skip
 def test_messages_that_are_not_built(param: str, message: dict[str, Any]) -> None:
@@ -190,6 +279,12 @@ def test_conversation() -> None:
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
             {"role": "assistant", "content": None, "refusal": None, "tool_calls": None, "annotations": []},
             {"role": "user", "content": ""},
+            {"role": "assistant", "content": None, "refusal": "no"},
+            {
+                "role": "assistant",
+                "content": [{"type": "refusal", "refusal": "n"}, {"type": "output_text", "text": "o"}],
+            },
+            {"role": "assistant", "content": "a", "reasoning_content": "r", "reasoning": {"x": 1}, "tool_calls": []},
         ]
     )
     expected = [
@@ -198,6 +293,9 @@ def test_conversation() -> None:
         ("user", "ab", None),
         ("assistant", "", None),
         ("user", "", None),
+        ("assistant", "no", None),
+        ("assistant", "no", None),
+        ("assistant", "a", None),
     ]
     assert body.conversation() == expected
 
@@ -225,7 +323,7 @@ def test_completion_parameters() -> None:
         (InvalidRequest, {"max_tokens": 0}),
         (InvalidRequest, {"logprobs": 21}),
         (InvalidRequest, {"logprobs": True}),
-        (InvalidRequest, {"messages": HELLO}),
+        (InvalidRequest, {"max_tokens": -1}),
         (UnsupportedParameter, {"best_of": 2}),
         (UnsupportedParameter, {"suffix": "x"}),
     ):
@@ -306,7 +404,7 @@ NAMES = sorted(
 )
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "system", "assistant", "tool", "x"])},
-    optional={name: JSON for name in schema.Message.__struct_fields__ if name != "role"},
+    optional={name: JSON for name in conversation.Message.__struct_fields__ if name != "role"},
 )
 BODY = st.dictionaries(st.sampled_from(NAMES), JSON) | st.fixed_dictionaries(
     {"model": st.just("m"), "messages": st.lists(MESSAGE, max_size=3)},

@@ -169,10 +169,8 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     ),
     ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "invalid_request", "messages[0].role"),
     ({"temperature": "hot"}, 400, "invalid_request", "temperature"),
-    ({"stop": ["a"] * 5}, 400, "invalid_request", "stop"),
+    ({"stop": ["a"] * 17}, 400, "invalid_request", "stop"),
     ({"logit_bias": {"999999": 1}}, 400, "invalid_request", "logit_bias"),
-    ({"surprise": 1}, 400, "invalid_request", "surprise"),
-    ({"max_tokens": 2**31 - 1}, 400, "context_length_exceeded", "messages"),
     ({"messages": [{"role": "user", "content": "long " * 5000}]}, 400, "context_length_exceeded", "messages"),
     ({"model": "nope"}, 404, "model_not_found", "model"),
 ]

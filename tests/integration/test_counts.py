@@ -90,7 +90,7 @@ def few(draw: random.Random, **options: Any) -> dict[str, Any]:
 
 
 WRONG: tuple[dict[str, Any], ...] = (
-    {"max_tokens": -1}, {"n": 0}, {"messages": 5}, {"nothing": 1}, {"temperature": "hot"},
+    {"max_tokens": -1}, {"n": 0}, {"messages": 5}, {"echo": True}, {"temperature": "hot"},
 )  # fmt: skip
 MAKE: dict[str, Callable[[random.Random], tuple[str, Any]]] = {
     "chat_stream": lambda draw: (CHAT, few(draw, **WITH_USAGE)),
