@@ -12,6 +12,7 @@ from typing import Any
 from helixflow import __version__
 from helixflow.config import Config, load
 from helixflow.errors import HelixError
+from helixflow.liveness import write_stacks_at_the_end
 from helixflow.process import die_with_starter, outlive_readers
 
 
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         die_with_starter()
+        write_stacks_at_the_end()
         status: int = options.run(options)
     except HelixError as error:
         print(f"helixflow: {error}", file=sys.stderr)

@@ -531,5 +531,8 @@ class Pool:
         """Cuts what still runs with an error frame and ends `run()` and the server (after at most 2 s)."""
 
     def stats(self) -> PoolStats: ...
+    def pulse(self) -> int:
+        """Grows as long as the server's I/O threads go on."""
+
     def reload_tls(self) -> None:
         """Verifies the certificate files and swaps them in. Raises TlsError and keeps the old ones otherwise."""

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterable
 from typing import IO, TextIO
 
+from helixflow.errors import StartError
+from helixflow.liveness import Systemd
+
 READY_FD = "HELIXFLOW_READY_FD"
 """Environment variable: a descriptor on which a service writes one line once it serves."""
 PARENT_PID = "HELIXFLOW_PARENT_PID"
@@ -37,13 +40,21 @@ def die_with_starter() -> None:
 
 
 def notify_ready(address: str) -> None:
-    """Writes the bound address to the supervisor, once. Does nothing without a supervisor."""
+    """Says, once, that this process serves: its bound address to the supervisor, READY=1 to systemd, if there are any.
+
+    Raises StartError when the supervisor has given it up meanwhile.
+    """
+    Systemd().tell(f"READY=1\nSTATUS=serves on {address}")
     number = os.environ.pop(READY_FD, None)
     if number is None:
         return
     descriptor = int(number)
     try:
         os.write(descriptor, f"{address}\n".encode())
+    except BrokenPipeError:
+        raise StartError(
+            "ready too late: the supervisor waits no longer; HELIX_SUPERVISE_READY_TIMEOUT_S (seconds) gives more time"
+        ) from None
     finally:
         os.close(descriptor)
 

@@ -12,9 +12,11 @@ from helixflow.config import DEFAULT_AUTH, DEFAULT_POOLS, DEVELOPMENT_KEY, Confi
 from helixflow.db.embedded import STOP_TIMEOUT_S
 from helixflow.engine.recipe import pool_recipe
 from helixflow.errors import EX_UNAVAILABLE, EX_USAGE, StartError
+from helixflow.liveness import Pulse, Systemd
 from helixflow.options import Address
 from helixflow.pki import keeper
 from helixflow.process import PARENT_PID, has_terminal
+from helixflow.reaper import Reaper
 from helixflow.service import Service
 
 STOP_MARGIN_S = 10.0
@@ -22,6 +24,9 @@ STOP_MARGIN_S = 10.0
 
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Weights on large pages: a fp32 decode step of one sequence costs a quarter less processor time."""
+
+MANAGERS = frozenset({"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"})
+"""Environment that is for the process that systemd has started, and for no other."""
 
 logger = log.get("supervisor")
 
@@ -79,7 +84,7 @@ class Supervisor:
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
         self._config = config
         self._say = say
-        environ = dict(os.environ)
+        environ = {name: value for name, value in os.environ.items() if name not in MANAGERS}
         self._database = Service("database", "db run", environ, config.supervise)
         self._auth = Service("auth-service", "auth", environ, config.supervise)
         self._pool = Service("inference-pool", "pool", {**LARGE_PAGES, **environ}, config.supervise)
@@ -88,6 +93,7 @@ class Supervisor:
         embedded = [self._database] if accounts and not config.database.url else []
         self._services = [*embedded, *accounts, self._pool, self._gateway]
         """In the order in which they start; they stop in the opposite one."""
+        self._reaper = Reaper(lambda: {service.pid for service in self._services})
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         # Under nohup it stays when the terminal goes.
         self._ends_with_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()
@@ -99,7 +105,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._signals.put_nowait, number)
         start = asyncio.create_task(self._start())
         stop = asyncio.create_task(self._until_stop())
-        renewal: asyncio.Task[None] | None = None
+        beside = [asyncio.create_task(Pulse().run()), asyncio.create_task(self._reaper.run())]
         try:
             await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not start.done():
@@ -108,13 +114,16 @@ class Supervisor:
                 return 0
             start.result()
             self._say(self._banner())
-            renewal = asyncio.create_task(keeper.keep(self._config))
-            return await self._watch(stop)
+            Systemd().tell(f"READY=1\nSTATUS=serves on {self._gateway.address}")
+            beside.append(asyncio.create_task(keeper.keep(self._config)))
+            await self._keep(stop)
+            return 0
         finally:
-            if renewal is not None:
-                renewal.cancel()
             stop.cancel()
+            Systemd().tell("STOPPING=1")
             await self._stop()
+            for task in beside:
+                task.cancel()
 
     async def _start(self) -> None:
         await prepare(self._config, self._say)
@@ -144,13 +153,17 @@ class Supervisor:
         if pool.port == 0 or self._config.gateway.pools == DEFAULT_POOLS:
             self._gateway.environ["HELIX_GATEWAY_POOLS"] = str(address.from_here)
 
-    async def _watch(self, stop: asyncio.Task[None]) -> int:
-        keepers = {asyncio.create_task(service.keep()) for service in self._services}
-        await asyncio.wait({stop, *keepers}, return_when=asyncio.FIRST_COMPLETED)
-        ended = [task.result() for task in keepers if task.done()]
-        for task in keepers:
-            task.cancel()
-        return 0 if stop.done() else max(ended)
+    async def _keep(self, stop: asyncio.Task[None]) -> None:
+        """Keeps every service up until it is time to stop: what worked once is tried again, whatever fails."""
+        keepers = [asyncio.create_task(service.keep()) for service in self._services]
+        try:
+            await asyncio.wait({stop, *keepers}, return_when=asyncio.FIRST_COMPLETED)
+            for task in keepers:
+                if task.done():
+                    task.result()
+        finally:
+            for task in keepers:
+                task.cancel()
 
     async def _until_stop(self) -> None:
         """Returns at the first SIGINT or SIGTERM, or when the terminal is closed; hands SIGHUP on to the services."""

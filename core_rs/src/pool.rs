@@ -5,6 +5,7 @@ mod options;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use helix_pool::RunError;
@@ -25,14 +26,17 @@ use crate::tls::{TlsFiles, refused};
 
 /// How often the certificate files are looked at.
 const WATCH_FILES: Duration = Duration::from_secs(1);
+/// The I/O threads say this often that they go on.
+const PULSE: Duration = Duration::from_millis(250);
 /// Time for the last frames to leave when the pool stops.
 const LAST_FRAMES: Duration = Duration::from_secs(2);
 
 /// Text, scheduler and gRPC server of one model; the engine is a Python object.
 #[pyclass(frozen, module = "helixflow.core_rs")]
 pub(crate) struct Pool {
-    pool: helix_pool::Pool,
+    inner: helix_pool::Pool,
     serving: Mutex<Option<Serving>>,
+    pulse: Arc<AtomicU64>,
 }
 
 struct Serving {
@@ -50,8 +54,9 @@ impl Pool {
         let pool = loaded
             .map_err(|error| to_py(CoreError::new(Code::ModelFileError, error.to_string())))?;
         Ok(Self {
-            pool,
+            inner: pool,
             serving: Mutex::new(None),
+            pulse: Arc::default(),
         })
     }
 
@@ -85,8 +90,10 @@ impl Pool {
                     // The task ends with the TLS configuration that it watches.
                     drop(tls.watch(WATCH_FILES));
                 }
-                self.pool.serve(listener).await
+                self.inner.serve(listener).await
             })?;
+            // The task ends with its runtime.
+            drop(runtime.spawn(count(Arc::clone(&self.pulse))));
             let address = server.address().to_string();
             *serving = Some(Serving {
                 runtime,
@@ -101,7 +108,7 @@ impl Pool {
     /// The engine loop: blocks until `stop()`. The GIL is held inside the engine only.
     fn run(&self, py: Python<'_>, engine: Py<PyAny>) -> PyResult<()> {
         let mut engine = engine::PyEngine::new(engine);
-        py.detach(|| self.pool.run(&mut engine))
+        py.detach(|| self.inner.run(&mut engine))
             .map_err(|error| match error {
                 RunError::Engine(raised) => raised,
                 RunError::Pool(error) => to_py(error),
@@ -109,17 +116,17 @@ impl Pool {
     }
 
     fn drain(&self) {
-        self.pool.drain();
+        self.inner.drain();
     }
 
     fn idle(&self) -> bool {
-        self.pool.is_idle()
+        self.inner.is_idle()
     }
 
     /// Cuts what still runs with an error frame and ends `run()` and the server.
     fn stop(&self, py: Python<'_>) {
         py.detach(|| {
-            self.pool.stop();
+            self.inner.stop();
             let serving = self.serving.lock().take();
             if let Some(Serving {
                 runtime, server, ..
@@ -132,7 +139,12 @@ impl Pool {
     }
 
     fn stats(&self) -> PoolStats {
-        self.pool.stats().into()
+        self.inner.stats().into()
+    }
+
+    /// Grows as long as the server's I/O threads go on.
+    fn pulse(&self) -> u64 {
+        self.pulse.load(Ordering::Relaxed)
     }
 
     /// Verifies the certificate files and swaps them in; the old ones stay when they are wrong.
@@ -149,9 +161,17 @@ impl Pool {
     }
 }
 
+async fn count(pulse: Arc<AtomicU64>) {
+    let mut ticks = tokio::time::interval(PULSE);
+    loop {
+        ticks.tick().await;
+        pulse.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.pool.stop();
+        self.inner.stop();
         if let Some(Serving {
             runtime, server, ..
         }) = self.serving.get_mut().take()

@@ -21,6 +21,7 @@ from helixflow.db.errors import DatabaseUnavailableError
 from helixflow.db.pool import Pool, tls_of
 from helixflow.db.target import Target, connect
 from helixflow.errors import StartError
+from helixflow.liveness import Pulse
 from helixflow.pki.layout import Layout, Role
 from helixflow.process import notify_ready
 from helixflow.refusals import refusal
@@ -60,6 +61,15 @@ async def _serve(config: Config) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    beating = loop.create_task(Pulse().run())
+    try:
+        return await _serve_until(stop, config)
+    finally:
+        beating.cancel()
+
+
+async def _serve_until(stop: asyncio.Event, config: Config) -> int:
+    loop = asyncio.get_running_loop()
     starting, stopping = loop.create_task(_open(config)), loop.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():

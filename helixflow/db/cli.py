@@ -86,6 +86,7 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
     from helixflow import log
     from helixflow.db.embedded import Embedded
     from helixflow.errors import EX_SOFTWARE
+    from helixflow.liveness import Pulse
     from helixflow.process import READY_FD, notify_ready
 
     stop = asyncio.Event()
@@ -93,6 +94,7 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     server = Embedded(config.database.directory, user=config.database.user)
+    beating = asyncio.create_task(Pulse().run())
     dsn = await server.start()
     try:
         if READY_FD in os.environ:
@@ -110,6 +112,7 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
         stopped.cancel()
     finally:
         await server.stop()
+        beating.cancel()
     return EX_SOFTWARE if failed else 0
 
 

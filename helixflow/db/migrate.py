@@ -1,10 +1,10 @@
 """Numbered SQL migrations: forward only, each in a transaction, each exactly once.
 
-A file is `migrations/NNNN_name.sql`. Its line `-- min-reader: NNNN` names the lowest last migration of a release that
-can run on the schema with it: a migration that only adds things names the last one of the release before, one that
-changes or removes what that release uses names itself, as do those without such a line. The ledger
-`helixflow.migrations`, which 0001 makes, holds the hash of every applied file. A session's advisory lock lets one
-migrator work at a time; the others wait and then find nothing to do.
+A file is `migrations/NNNN_name.sql`. Its line `-- min-reader: NNNN` names the oldest release, by its last migration,
+that can run beside it: one that only adds things names the last migration of the release before; one that changes or
+removes what that release uses names itself, which is also what no such line means. The ledger `helixflow.migrations`,
+which 0001 makes, holds the hash of every applied file. A session's advisory lock lets one migrator work at a time; the
+others wait and then find nothing to do.
 """
 
 import hashlib

@@ -24,10 +24,13 @@ from helixflow.gateway.app import Gateway
 from helixflow.gateway.bridge import Bridge
 from helixflow.gateway.certificates import GatewayFiles
 from helixflow.gateway.services import Services
+from helixflow.liveness import BEAT_S
 from helixflow.process import die_with_parent
 
 READY: Final = b"r"
 """Worker to main: this worker accepts connections."""
+BEAT: Final = b"b"
+"""Worker to main: the event loop goes on."""
 RETIRE: Final = b"t"
 """Main to worker: accept nothing more, finish what runs, however long it takes, and exit."""
 DRAIN: Final = b"d"
@@ -146,6 +149,7 @@ class Worker:
         self._control.setblocking(False)
         loop.add_reader(self._control, self._hear)
         self._control.send(READY)
+        self._beat()
         stop = loop.create_task(self._stop.wait())
         cut = loop.create_task(self._cut.wait())
         await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -159,6 +163,12 @@ class Worker:
             await asyncio.wait({serving}, timeout=CUT_S)
         await services.close()
         bridge.close()
+
+    def _beat(self) -> None:
+        # A full socket means that the main process does not look.
+        with contextlib.suppress(OSError):
+            self._control.send(BEAT)
+        asyncio.get_running_loop().call_later(BEAT_S, self._beat)
 
     def _hear(self) -> None:
         try:

@@ -17,6 +17,16 @@ from helixflow.errors import EX_SOFTWARE
 from helixflow.gateway import worker
 from helixflow.gateway.certificates import GatewayFiles
 from helixflow.gateway.services import DRAIN_S
+from helixflow.liveness import (
+    DUMP_S,
+    LOOK_S,
+    Pulse,
+    Stacks,
+    Watch,
+    ask_for_stacks,
+    is_traced,
+    write_stacks_at_the_end,
+)
 from helixflow.pki.errors import PkiError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -41,7 +51,30 @@ class Child:
     control: socket.socket
     born: float
     start_by: float
+    stacks: Stacks
+    watch: Watch
     ready: bool = False
+    kill_at: float = math.inf
+    """It stands still, and must have ended by then."""
+
+    def look(self, now: float) -> None:
+        """Ends a worker whose event loop stands still; first it gets time to write where."""
+        pid = self.process.pid
+        if pid is None or not self.ready:
+            return
+        if now >= self.kill_at:
+            self.kill_at = math.inf
+            self.process.kill()
+        elif self.watch.look() and self.kill_at == math.inf and not is_traced(pid):
+            silent_s = round(self.watch.silent_s, 1)
+            logger.error("worker stands still; it is ended and replaced", pid=pid, silent_s=silent_s)
+            self.kill_at = now + DUMP_S
+            ask_for_stacks(pid)
+
+    def stack(self) -> dict[str, str]:
+        """Where it stood when a fatal signal ended it, for the log."""
+        text = self.stacks.take()
+        return {"stack": text} if text else {}
 
     def tell(self, order: bytes) -> None:
         """Sends an order; a worker that has died needs none."""
@@ -67,6 +100,7 @@ class Workers:
         self._connect = connect
         self._on_ready: Callable[[], None] | None = on_ready
         self._files = GatewayFiles.of(config)
+        self._pulse = Pulse()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
         self._current: list[Child] = []
@@ -78,6 +112,7 @@ class Workers:
         self._stamp = self._seen = self._files.stamp()
         self._has_crl = self._files.layout.crl.exists()
         self._watch_at = time.monotonic() + WATCH_S
+        self._look_at = time.monotonic() + LOOK_S
         self._draining = False
         self._status = 0
         self._cut_at: float | None = None
@@ -130,7 +165,10 @@ class Workers:
             said = b""
         if not said:
             self._selector.unregister(child.control)
-        elif worker.READY in said:
+        if worker.BEAT in said:
+            child.watch.heard()
+        if worker.READY in said:
+            child.watch.heard()
             child.ready = True
             if child in self._next and all(other.ready for other in self._next):
                 self._promote()
@@ -142,6 +180,9 @@ class Workers:
             self._selector.unregister(child.control)
         child.control.close()
         status = child.process.exitcode
+        stack = child.stack()
+        if stack:
+            logger.error("worker ended by a fatal signal", pid=child.process.pid, status=status, **stack)
         if child in self._old:
             self._old.remove(child)
         elif child in self._next:
@@ -157,12 +198,17 @@ class Workers:
                 self._backoff = BACKOFF_S[0] if stable else min(self._backoff * 2, BACKOFF_S[1])
 
     def _timeout(self) -> float:
-        times = [self._watch_at, self._respawn_at, self._cut_at, self._kill_at]
+        times = [self._look_at, self._watch_at, self._respawn_at, self._cut_at, self._kill_at]
         times += [child.start_by for child in self._starting]
         return max(0.0, min(at for at in times if at is not None) - time.monotonic())
 
     def _on_time(self) -> None:
         now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + min(LOOK_S, self._pulse.interval_s)
+            self._pulse.beat()
+            for child in self._children:
+                child.look(now)
         if now >= self._watch_at:
             self._watch_at = now + WATCH_S
             self._watch()
@@ -187,8 +233,9 @@ class Workers:
 
     def _spawn(self) -> Child:
         mine, theirs = socket.socketpair()
+        stacks = Stacks()
         process = multiprocessing.get_context("fork").Process(
-            target=self._become_worker, args=(theirs, os.getpid()), name="gateway-worker"
+            target=self._become_worker, args=(theirs, stacks, os.getpid()), name="gateway-worker"
         )
         # A signal between fork and the worker's own setting would reach the main process twice.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -198,13 +245,14 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         theirs.close()
         now = time.monotonic()
-        child = Child(process, mine, now, now + START_S)
+        child = Child(process, mine, now, now + START_S, stacks, Watch(self._config.supervise.stall_timeout_s))
         self._selector.register(mine, selectors.EVENT_READ, lambda: self._on_message(child))
         self._selector.register(process.sentinel, selectors.EVENT_READ, lambda: self._on_exit(child))
         return child
 
-    def _become_worker(self, control: socket.socket, parent: int) -> None:
+    def _become_worker(self, control: socket.socket, stacks: Stacks, parent: int) -> None:
         """Runs in the new process: lets go of what belongs to the main process."""
+        write_stacks_at_the_end(stacks.fileno())
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -212,6 +260,8 @@ class Workers:
         self._selector.close()
         for other in self._children:
             other.control.close()
+            other.stacks.close()
+        self._pulse.close()
         self._wake_read.close()
         self._wake_write.close()
         worker.run(self._config, self._listener, control, parent, self._connect)

@@ -16,6 +16,7 @@ from helixflow.engine.load import Kind, load_engine
 from helixflow.engine.progress import Bar, Progress
 from helixflow.engine.tensorrt.device import DeviceError
 from helixflow.errors import EX_SOFTWARE, StartError
+from helixflow.liveness import Pulse
 from helixflow.pki.layout import Layout, Role
 from helixflow.process import notify_ready
 
@@ -57,6 +58,25 @@ class EngineThread(threading.Thread):
             self._events.put(Event.ENGINE_ENDED)
 
 
+class Heart:
+    """Beats while the main thread and the I/O threads go on; a watch over the engine's steps is another's work."""
+
+    def __init__(self, pool: core_rs.Pool) -> None:
+        self._pool = pool
+        self._pulse = Pulse()
+        self._counted = -1
+        self._due = 0.0
+        self.interval_s = self._pulse.interval_s
+
+    def look(self) -> None:
+        """Call it at least every `interval_s`."""
+        now, counted = time.monotonic(), self._pool.pulse()
+        if now >= self._due and counted != self._counted:
+            self._counted = counted
+            self._due = now + self.interval_s / 2
+            self._pulse.beat()
+
+
 def run(config: Config) -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 70 when the engine failed.
 
@@ -93,21 +113,31 @@ def _main(
     drain_timeout_s: float,
 ) -> int:
     """Announces readiness and waits for what comes."""
+    heart = Heart(pool)
     event = _until_running(pool, events)
     if event is None:
         logger.info("ready", address=address, slots=pool.stats().slots)
         notify_ready(address)
     while True:
-        match event if event is not None else events.get():
+        match event if event is not None else _next(events, heart):
             case Event.RELOAD:
                 _reload(pool)
             case Event.STOP:
-                _drain(pool, events, drain_timeout_s)
+                _drain(pool, events, heart, drain_timeout_s)
                 return 0
             case Event.ENGINE_ENDED:
                 logger.error("the engine failed", kind=_failure(thread.error), exc_info=thread.error)
                 return EX_SOFTWARE
         event = None
+
+
+def _next(events: "queue.SimpleQueue[Event]", heart: Heart) -> Event:
+    while True:
+        heart.look()
+        try:
+            return events.get(timeout=heart.interval_s)
+        except queue.Empty:
+            continue
 
 
 def _failure(error: BaseException | None) -> str:
@@ -215,12 +245,13 @@ def _reload(pool: core_rs.Pool) -> None:
         logger.info("certificates reloaded")
 
 
-def _drain(pool: core_rs.Pool, events: "queue.SimpleQueue[Event]", timeout_s: float) -> None:
+def _drain(pool: core_rs.Pool, events: "queue.SimpleQueue[Event]", heart: Heart, timeout_s: float) -> None:
     """Refuses new requests and waits for the running ones: until a second signal or the time limit."""
     pool.drain()
     logger.info("draining", timeout_s=timeout_s)
     deadline = time.monotonic() + timeout_s
     while not pool.idle() and time.monotonic() < deadline:
+        heart.look()
         try:
             if events.get(timeout=POLL_S) is not Event.RELOAD:
                 break

@@ -12,3 +12,8 @@ class SuperviseConfig:
     ready_timeout_s: float = option(120.0, "a service must be ready within this time (seconds)", check=between(1, 3600))
     backoff_min_s: float = option(0.2, "first pause before a restart (seconds)", check=between(0.01, 60))
     backoff_max_s: float = option(10.0, "longest pause before a restart (seconds)", check=between(0.01, 600))
+    stall_timeout_s: float = option(
+        6.0,
+        "a service, or a gateway's worker, whose loop stood still this long (seconds) is ended and replaced; 0: never",
+        check=between(0, 3600),
+    )

@@ -292,7 +292,10 @@ def test_a_draining_gateway_says_so(open_stream: OpenStream, certs: Path, tmp_pa
 
 def descendants(pid: int) -> list[int]:
     """All processes below `pid`."""
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []  # it has just ended
     return children + [below for child in children for below in descendants(child)]
 
 

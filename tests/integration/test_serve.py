@@ -69,8 +69,11 @@ class Served:
         )
 
     def chat(self, certs: Path) -> int:
+        return self.chat_with(certs, CHAT["model"])
+
+    def chat_with(self, certs: Path, model: str) -> int:
         with httpx.Client(base_url=self.url, verify=context(certs), headers=HEADERS, timeout=20) as client:
-            return client.post("/v1/chat/completions", json={**CHAT, "max_tokens": 3}).status_code
+            return client.post("/v1/chat/completions", json={**CHAT, "model": model, "max_tokens": 3}).status_code
 
 
 @pytest.fixture
