@@ -71,7 +71,7 @@ def _organisations(commands: Any) -> None:
         commands,
         "update",
         "people.organisation_update",
-        "rename or suspend an organisation, keep its texts or not",
+        "rename or suspend an organisation, keep its texts or not, declare its domains",
         "Change an organisation. Prompts and answers are not kept unless --keep-texts says so.",
     )
     update.add_argument("organisation", metavar="ORGANISATION", help="name or id")
@@ -92,6 +92,14 @@ def _organisations(commands: Any) -> None:
         help="regular expression; what matches is replaced in texts; may be repeated, replaces all earlier ones",
     )
     redact.add_argument("--no-redact", dest="redact", action="store_const", const=[], help="redact nothing")
+    domains = update.add_mutually_exclusive_group()
+    domains.add_argument(
+        "--domain",
+        action="append",
+        metavar="DOMAIN",
+        help="e-mail addresses of this domain are the organisation's; may be repeated, replaces all earlier ones",
+    )
+    domains.add_argument("--no-domain", dest="domain", action="store_const", const=[], help="no domain is")
 
 
 def _keys(commands: Any) -> None:
@@ -100,13 +108,17 @@ def _keys(commands: Any) -> None:
         "add",
         "people.key_add",
         "make an API key, which is shown once",
-        "Make an API key and show it, once. Without limits of its own it has those of its user and organisation.",
+        "Make an API key and show it, once. Without limits of its own it has those of its user and organisation. It is "
+        "for inference only unless --admin says otherwise.",
     )
     add.add_argument("name", metavar="NAME", help="what the key is for")
     add.add_argument("--user", metavar="USER", help="e-mail or id of its holder (default: the first owner)")
     add.add_argument("--expires", type=expiry, default=0, metavar="WHEN", help="YYYY-MM-DD, or for example 90d")
     add.add_argument("--model", action="append", default=[], metavar="MODEL", help="may call this model; repeatable")
     add.add_argument("--endpoint", action="append", default=[], metavar="PATH", help="may call this path; repeatable")
+    add.add_argument(
+        "--admin", action="store_true", help="administers, up to the role of its holder; else it is for inference only"
+    )
     _limit_options(add)
     _organisation(_command(commands, "list", "people.key_list", "show every key, not the secrets"), "only of this one")
     update = _command(commands, "update", "people.key_update", "change name, expiry or what a key may call")
@@ -117,6 +129,11 @@ def _keys(commands: Any) -> None:
         group = update.add_mutually_exclusive_group()
         group.add_argument(f"--{name}", action="append", metavar=what, help="may call these only; repeatable")
         group.add_argument(f"--any-{name}", dest=name, action="store_const", const=[], help="may call all")
+    update.add_argument(
+        "--admin",
+        action=argparse.BooleanOptionalAction,
+        help="whether it administers, up to the role of its holder, or is for inference only",
+    )
     rotate = _command(
         commands,
         "rotate",

@@ -132,10 +132,12 @@ async def organisation_update(operator: Operator, options: Namespace) -> Outcome
     content = given({"store": options.store, "retention_days": options.retention_days, "redact": options.redact})
     if content:
         fields["content"] = {**(await _content(operator, options.organisation)), **content}
+    if options.domain is not None:
+        fields["domains"] = {"values": options.domain}
     if not fields:
         raise AdminError(
             "say what to change: --name, --suspend, --resume, --keep-texts, --no-keep-texts, --retention-days, "
-            "--redact or --no-redact"
+            "--redact, --no-redact, --domain or --no-domain"
         )
     fields["organisation"] = options.organisation
     organisation = await operator.call("UpdateOrganisation", "UpdateOrganisationRequest", fields)
@@ -163,6 +165,7 @@ def _organisation_text(row: Row) -> str:
         ("state", _organisation_state(row)),
         ("texts", _texts(row)),
     ]
+    pairs += [("domain", domain) for domain in row["domains"]]
     pairs += [("redacted", pattern) for pattern in row.get("content", {}).get("redact", [])]
     return facts(pairs)
 
@@ -187,6 +190,7 @@ async def key_add(operator: Operator, options: Namespace) -> Outcome:
         "expires_at": options.expires,
         "models": options.model,
         "endpoints": options.endpoint,
+        "admin": options.admin,
     }
     limits = limits_of(options)
     if limits:
@@ -202,23 +206,27 @@ async def key_list(operator: Operator, options: Namespace) -> Outcome:
         Column("ID"),
         Column("NAME", cut=True),
         Column("USER", cut=True),
+        Column("FOR"),
         Column("STATE"),
         Column("LAST USE"),
     ]
-    cells = [(row["id"], row["name"], row["user"], _key_state(row), day_text(row["last_used_at"])) for row in rows]
+    cells = [
+        (row["id"], row["name"], row["user"], _key_purpose(row), _key_state(row), day_text(row["last_used_at"]))
+        for row in rows
+    ]
     return Outcome({"data": rows}, table(columns, cells, "no keys"))
 
 
 async def key_update(operator: Operator, options: Namespace) -> Outcome:
     """Changes name, expiry or what a key may call."""
-    fields = given({"name": options.name, "expires_at": options.expires})
+    fields = given({"name": options.name, "expires_at": options.expires, "admin": options.admin})
     for name, values in (("models", options.model), ("endpoints", options.endpoint)):
         if values is not None:
             fields[name] = {"values": values}
     if not fields:
         raise AdminError(
-            "say what to change: --name, --expires, --model, --any-model, --endpoint or --any-endpoint; "
-            "`helixflow limits set` changes limits"
+            "say what to change: --name, --expires, --model, --any-model, --endpoint, --any-endpoint, --admin or "
+            "--no-admin; `helixflow limits set` changes limits"
         )
     key = await operator.call("UpdateKey", "UpdateKeyRequest", {"key": options.key, **fields})
     return Outcome(key, _key_text(key))
@@ -238,17 +246,21 @@ async def key_revoke(operator: Operator, options: Namespace) -> Outcome:
 
 
 def _key_text(key: Row) -> str:
-    return facts(
-        [
-            ("name", key["name"]),
-            ("id", key["id"]),
-            ("user", key["user"]),
-            ("begins", key["prefix"]),
-            ("state", _key_state(key)),
-            ("models", ", ".join(key["models"]) or "all"),
-            ("endpoints", ", ".join(key["endpoints"]) or "all"),
-        ]
-    )
+    pairs = [
+        ("name", key["name"]),
+        ("id", key["id"]),
+        ("user", key["user"]),
+        ("begins", key["prefix"]),
+        ("for", _key_purpose(key)),
+        ("state", _key_state(key)),
+        ("models", ", ".join(key["models"]) or "all"),
+        ("endpoints", ", ".join(key["endpoints"]) or "all"),
+    ]
+    return facts([*pairs, *([("made by", f"key {key['parent_id']}")] if key["parent_id"] else [])])
+
+
+def _key_purpose(key: Row) -> str:
+    return f"{key['role']} work" if key["role"] else "inference"
 
 
 def _secret_text(secret: str) -> str:

@@ -4,15 +4,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
-from helixflow.auth import api_keys, fields, organisations, users
+from helixflow.auth import api_keys, organisations, users
 from helixflow.auth.actors import Actor
 from helixflow.auth.admin_usage import UsageMethods, set_limits
 from helixflow.auth.desk import Desk, Handler, filled, listed, optional
 from helixflow.auth.passwords import Passwords, one_time
 from helixflow.auth.pepper import Pepper
 from helixflow.auth.records import Content, User
+from helixflow.auth.signing import Signer
 from helixflow.db.pool import Pool
-from helixflow.limits import settings
 from helixflow.limits.model import Limits
 from helixflow.rpc import messages
 from helixflow.rpc.server import Caller
@@ -25,11 +25,13 @@ REHEARSED = "!"
 class AdminHandlers:
     """Answers AdminService."""
 
-    def __init__(self, pool: Pool, pepper: Pepper, hashes: Passwords, *, currency: str, development: bool) -> None:
+    def __init__(
+        self, pool: Pool, pepper: Pepper, signer: Signer, hashes: Passwords, *, currency: str, development: bool
+    ) -> None:
         """`currency`: name of what prices are in. `development`: keys of that profile are known."""
         self._pepper = pepper
         self._passwords = hashes
-        self._desk = Desk(pool, development=development)
+        self._desk = Desk(pool, pepper, signer, development=development)
         self._usage = UsageMethods(self._desk, pepper, currency)
 
     def methods(self) -> dict[str, Handler]:
@@ -67,7 +69,10 @@ class AdminHandlers:
         content = Content(policy.store, policy.retention_days, list(policy.redact)) if policy is not None else None
         async with self._desk.act("UpdateOrganisation", request, caller) as (connection, actor):
             name, suspended = optional(request, "name"), optional(request, "suspended")
-            changed = await organisations.update(connection, actor, request.organisation, name, suspended, content)
+            domains = list(request.domains.values) if request.HasField("domains") else None
+            changed = await organisations.update(
+                connection, actor, request.organisation, name, suspended, content, domains
+            )
         return filled(messages.Organisation, changed)
 
     async def _create_user(self, request: Any, caller: Caller) -> Any:
@@ -115,8 +120,11 @@ class AdminHandlers:
         return messages.Deleted(id=removed)
 
     async def _create_key(self, request: Any, caller: Caller) -> Any:
-        wanted = api_keys.Wanted(request.name, request.expires_at, tuple(request.models), tuple(request.endpoints))
+        models, endpoints = tuple(request.models), tuple(request.endpoints)
+        wanted = api_keys.Wanted(request.name, request.expires_at, models, endpoints, request.admin)
         limits = Limits.of(request.limits)
+        if wanted.admin and limits:
+            raise api_keys.bound()
         async with self._desk.act("CreateKey", request, caller) as (connection, actor):
             made = await api_keys.create(connection, actor, self._pepper, request.user, wanted)
             if limits:
@@ -134,6 +142,7 @@ class AdminHandlers:
             optional(request, "expires_at"),
             tuple(request.models.values) if request.HasField("models") else None,
             tuple(request.endpoints.values) if request.HasField("endpoints") else None,
+            optional(request, "admin"),
         )
         async with self._desk.act("UpdateKey", request, caller) as (connection, actor):
             changed = await api_keys.update(connection, actor, request.key, changes)
@@ -143,8 +152,6 @@ class AdminHandlers:
         async with self._desk.act("RotateKey", request, caller) as (connection, actor):
             overlap_s = optional(request, "overlap_s")
             made = await api_keys.rotate(connection, actor, self._pepper, request.key, overlap_s)
-            for kept in await settings.limits_for(connection, [f"key:{fields.uuid(request.key, 'key')}"]):
-                await settings.set_limits(connection, f"key:{made.key.id}", kept.limits)
         return messages.CreatedKey(key=filled(messages.Key, made.key), secret=made.secret)
 
     async def _revoke_key(self, request: Any, caller: Caller) -> Any:

@@ -3,11 +3,10 @@
 from typing import Any
 from uuid import UUID
 
-from helixflow.auth import api_keys, audit, fields, organisations, users
-from helixflow.auth.actors import Actor
+from helixflow.auth import api_keys, audit, fields, organisations, roles, users
+from helixflow.auth.actors import Actor, permit
 from helixflow.auth.desk import Desk, Handler, filled
 from helixflow.auth.pepper import Pepper
-from helixflow.auth.roles import Role
 from helixflow.core_rs import NotFound, PermissionDenied
 from helixflow.ledger import chain, content, query
 from helixflow.limits import settings
@@ -45,8 +44,13 @@ class UsageMethods:
     async def _set_limits(self, request: Any, caller: Caller) -> Any:
         subject, limits = settings.check_subject(request.subject), Limits.of(request.limits)
         async with self._desk.act("SetLimits", request, caller) as (connection, actor):
-            organisation = await _limited(connection, actor, subject)
-            result = await set_limits(connection, actor, subject, organisation, limits)
+            organisation, own = await _limited(connection, actor, subject)
+            before, by = await settings.found(connection, subject)
+            setter = roles.Setter(by.rank or "", own=by.user_id is not None and actor.owns(by.user_id))
+            permit(roles.sets_limits(actor.power, setter, before, limits, own=own), "limits")
+            # Whoever may not lift what stands there leaves it whose it was, when they tighten it.
+            kept = by if roles.sets_limits(actor.power, setter, before, Limits(), own=own) else None
+            result = await set_limits(connection, actor, subject, organisation, limits, kept)
         return result.message()
 
     async def _list_limits(self, request: Any, caller: Caller) -> Any:
@@ -58,8 +62,8 @@ class UsageMethods:
         return messages.AllLimits(data=[item.message() for item in data], next=following)
 
     async def _set_price(self, request: Any, caller: Caller) -> Any:
-        price = Price.of(request.price)
         async with self._desk.act("SetPrice", request, caller) as (connection, actor):
+            price = Price.whole(request.price)
             result = await settings.set_price(connection, price)
             detail = {"prompt": price.prompt, "cached": price.cached, "completion": price.completion}
             await audit.record(connection, actor, "price.set", price.model, actor.organisation_id, detail)
@@ -90,7 +94,7 @@ class UsageMethods:
                 last=last,
                 group_by=list(request.group_by),
                 organisation_id=await organisations.scope(connection, actor, request.organisation),
-                key_id=key,
+                key_id=_used_with(actor, key),
                 user_id=await _used_by(connection, actor, request.user),
                 model=model,
             )
@@ -136,37 +140,56 @@ class UsageMethods:
         return messages.VerifyLedgerReply(days=report.days, rows=report.rows, faults=faults)
 
 
-async def set_limits(connection: Any, actor: Actor, subject: str, organisation: UUID, limits: Limits) -> SubjectLimits:
-    """Sets the limits of a subject of an organisation, and writes it down. Raises InvalidRequest."""
-    result = await settings.set_limits(connection, subject, limits)
+async def set_limits(
+    connection: Any,
+    actor: Actor,
+    subject: str,
+    organisation: UUID,
+    limits: Limits,
+    by: settings.Setter | None = None,
+) -> SubjectLimits:
+    """Sets the limits of a subject of an organisation, and writes it down. `by`: whose they are, if not the actor's.
+
+    Raises InvalidRequest.
+    """
+    rank = roles.OPERATOR if actor.operator else actor.role.word
+    result = await settings.set_limits(connection, subject, limits, by or settings.Setter(actor.user_id, rank))
     detail = {metric.name.lower(): limit for metric, limit in limits}
     await audit.record(connection, actor, "limits.set", subject, organisation, detail)
     return result
 
 
-async def _limited(connection: Any, actor: Actor, subject: str) -> UUID:
-    """The organisation of a subject whose limits the actor may set. Raises NotFound or PermissionDenied.
+async def _limited(connection: Any, actor: Actor, subject: str) -> tuple[UUID, bool]:
+    """The organisation of a subject whose limits the actor may set, locked, and whether it is the actor's own.
 
-    What an organisation may use is decided above it: its own admins divide it up.
+    What an organisation may use is decided above it: its own admins divide it up. Raises NotFound or PermissionDenied.
     """
     kind, _, name = subject.partition(":")
     if kind == "organisation":
-        if not actor.operator and not (actor.installation and actor.role is Role.OWNER):
+        if not actor.installation or actor.power.by_key:
             raise refusal(
                 PermissionDenied, "limits of organisations are left to the operator and the owners of the first one"
             )
-        found: UUID = (await organisations.find(connection, name, "subject"))["id"]
-        return found
-    find = api_keys.find if kind == "key" else users.find
-    row = await find(connection, actor, name, "subject")
-    actor.allow_role(Role[row["role"].upper()], "subject")
-    organisation: UUID = row["organisation_id"]
-    return organisation
+        found = await organisations.find(connection, name, "subject", lock=True)
+        return found["id"], False
+    if kind == "key":
+        row, facts = await api_keys.target(connection, actor, name, "subject")
+        return row["organisation_id"], facts.own
+    row = await users.target(connection, actor, name, "subject")
+    return row["organisation_id"], actor.owns(row["id"])
+
+
+def _used_with(actor: Actor, key: UUID | None) -> UUID | None:
+    """The key whose usage is asked for; None: any. Raises PermissionDenied for another one than a key may see."""
+    own = actor.only_key
+    if own is not None and key not in (None, own):
+        raise refusal(PermissionDenied, "this API key may see its own usage only", "key")
+    return own or key
 
 
 async def _used_by(connection: Any, actor: Actor, user: str) -> UUID | None:
     """Whose usage is asked for; None: everybody's. Raises PermissionDenied for a member who asks for another's."""
-    own = api_keys.own_only(actor)
+    own = actor.user_id if actor.only_key else api_keys.own_only(actor)
     if not user:
         return own
     # By UUID also of somebody who was removed: the ledger remembers.

@@ -27,6 +27,8 @@ class Entry:
     address: str
     request_id: str
     detail: str
+    actor_user_id: str
+    actor_key_id: str
 
 
 async def record(
@@ -64,7 +66,7 @@ async def entries(
     """Rows of an organisation (None: of all) from day `first` to `last`, newest first, with an id below `before`."""
     rows = await connection.fetch(
         "SELECT id, extract(epoch FROM at)::bigint AS at, actor, action, target, organisation_id, address, request_id, "
-        "detail FROM audit_log WHERE ($1::uuid IS NULL OR organisation_id = $1) "
+        "detail, actor_user_id, actor_key_id FROM audit_log WHERE ($1::uuid IS NULL OR organisation_id = $1) "
         "AND ($2::timestamptz IS NULL OR at >= $2) AND ($3::timestamptz IS NULL OR at < $3) "
         "AND ($4::bigint IS NULL OR id < $4) ORDER BY id DESC LIMIT $5",
         organisation_id,
@@ -84,6 +86,8 @@ async def entries(
             address=row["address"],
             request_id=row["request_id"],
             detail=row["detail"],
+            actor_user_id=str(row["actor_user_id"] or ""),
+            actor_key_id=str(row["actor_key_id"] or ""),
         )
         for row in rows
     ]

@@ -92,7 +92,7 @@ async def build(config: Config, pool: Pool) -> Built:
             development=config.development,
         )
         currency = config.limits.currency
-        admin = AdminHandlers(pool, pepper, hashes, currency=currency, development=config.development)
+        admin = AdminHandlers(pool, pepper, signer, hashes, currency=currency, development=config.development)
         first = await _first_start(config, pool, pepper, hashes)
         await _begin(
             stack,

@@ -5,9 +5,11 @@ import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from helixflow.auth import fields
-from helixflow.auth.actors import Actor, known, operator
+from helixflow.auth import principals
+from helixflow.auth.actors import Actor, holder, operator
 from helixflow.auth.organisations import Page
+from helixflow.auth.pepper import Pepper
+from helixflow.auth.signing import Signer
 from helixflow.core_rs import InvalidRequest, PermissionDenied
 from helixflow.db.pool import Pool
 from helixflow.refusals import refusal
@@ -23,9 +25,11 @@ Handler = Callable[[Any, Caller], Awaitable[Any]]
 class Desk:
     """Opens the transaction that an administrative act and its audit row happen in."""
 
-    def __init__(self, pool: Pool, *, development: bool) -> None:
+    def __init__(self, pool: Pool, pepper: Pepper, signer: Signer, *, development: bool) -> None:
         """`development`: keys of that profile are known."""
         self._pool = pool
+        self._pepper = pepper
+        self._signer = signer
         self._development = development
 
     @contextlib.asynccontextmanager
@@ -46,26 +50,25 @@ class Desk:
             yield connection
 
     async def _actor(self, connection: Any, claimed: Any, caller: Caller) -> Actor:
-        """The actor: by the certificate the operator, or the user whom a gateway has verified.
+        """The actor: by the certificate the operator, or the holder of the credential that a gateway passes on.
 
-        The role, the organisation and the name that a gateway sends are not looked at.
+        What a gateway says is the address of the client and the id of the request, never who acts.
         """
         request_id = claimed.request_id or caller.request_id
+        kind = claimed.WhichOneof("credential")
         if caller.service == OPERATOR:
+            if kind is not None:
+                raise refusal(InvalidRequest, "the operator acts by the certificate: leave the credential out", "actor")
             return operator(claimed.name, claimed.address or caller.address, request_id)
         if caller.service != GATEWAY:
             raise refusal(PermissionDenied, "only gateways and the operator administer accounts")
-        if not claimed.principal_user_id:
-            raise refusal(InvalidRequest, "the request does not say who acts", "actor.principal_user_id")
-        key = claimed.principal_key_id
-        return await known(
-            connection,
-            fields.uuid(claimed.principal_user_id, "actor.principal_user_id"),
-            fields.uuid(key, "actor.principal_key_id") if key else None,
-            development=self._development,
-            address=claimed.address,
-            request_id=request_id,
-        )
+        if kind is None:
+            raise refusal(PermissionDenied, "a gateway acts for others only: the call holds no credential of theirs")
+        if kind == "access_token":
+            found = await principals.by_token(connection, self._signer, claimed.access_token)
+        else:
+            found = await principals.by_key(connection, self._pepper, claimed.key_digest, development=self._development)
+        return holder(found, claimed.address, request_id)
 
 
 def filled(kind: Any, record: Any) -> Any:

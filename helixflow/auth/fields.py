@@ -26,6 +26,7 @@ LAST_SECOND = 253_402_300_799
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _EMAIL = re.compile(r"[^@\s]{1,64}@[^@\s]+")
 _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DOMAIN = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
@@ -99,6 +100,21 @@ def paths(values: Sequence[str], param: str) -> list[str]:
         if not value.startswith("/"):
             raise refusal(InvalidRequest, f"{param}[{index}] must be a path that begins with /", f"{param}[{index}]")
     return found
+
+
+def domains(values: Sequence[str], param: str) -> list[str]:
+    """Domains of e-mail addresses: in lower case, each once, in order."""
+    found = items([value.lower() for value in values], param)
+    for index, value in enumerate(found):
+        if not _DOMAIN.fullmatch(value):
+            where = f"{param}[{index}]"
+            raise refusal(InvalidRequest, f"{where} must be a domain such as example.com, in ASCII", where)
+    return found
+
+
+def domain_of(address: str) -> str:
+    """The domain of an e-mail address."""
+    return address.rpartition("@")[2]
 
 
 def future(value: int, param: str, now: datetime) -> datetime | None:

@@ -198,4 +198,6 @@ def principal_message(found: Principal) -> Any:
         limits=[item.message() for item in found.limits],
         content=filled(messages.ContentPolicy, found.content),
         installation=found.installation,
+        administers=found.administers,
+        depends_on=found.depends_on,
     )

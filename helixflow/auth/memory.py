@@ -111,4 +111,5 @@ class Memory:
 
 
 def _holders(principal: Principal) -> tuple[str, ...]:
-    return f"key:{principal.key_id}", f"user:{principal.user_id}", f"organisation:{principal.organisation_id}"
+    own = f"key:{principal.key_id}", f"user:{principal.user_id}", f"organisation:{principal.organisation_id}"
+    return *own, *principal.depends_on

@@ -1,5 +1,6 @@
 """Organisations: whom users, keys and usage belong to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -9,11 +10,13 @@ import asyncpg
 from helixflow.auth import audit, fields
 from helixflow.auth.actors import Actor
 from helixflow.auth.records import ORGANISATION, Content, Organisation
-from helixflow.auth.roles import Role
 from helixflow.core_rs import Conflict, InvalidRequest, NotFound
 from helixflow.ledger.content import RETENTION_DAYS_MAX
 from helixflow.ledger.content import check as check_patterns
 from helixflow.refusals import refusal
+
+DOMAINS_LOCK = 0x48656C6978_04
+"""Key of the advisory lock: "Helix", then 04 for domains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,8 @@ async def create(connection: Any, actor: Actor, name: str) -> Organisation:
 async def listing(connection: Any, actor: Actor, name: str, limit: int, after: str) -> Page:
     """All for those who administer the installation, else the actor's own; oldest first."""
     rows, place = fields.page(limit), fields.place(after)
-    everywhere = actor.operator or (actor.installation and actor.role is Role.OWNER)
     only: UUID | None = actor.organisation_id
-    if everywhere:
+    if actor.installation:
         only = (await find(connection, name))["id"] if name else None
     elif name:
         only = await scope(connection, actor, name)
@@ -86,9 +88,15 @@ async def listing(connection: Any, actor: Actor, name: str, limit: int, after: s
 
 
 async def update(
-    connection: Any, actor: Actor, organisation: str, name: str | None, suspended: bool | None, content: Content | None
+    connection: Any,
+    actor: Actor,
+    organisation: str,
+    name: str | None,
+    suspended: bool | None,
+    content: Content | None,
+    domains: Sequence[str] | None = None,
 ) -> Organisation:
-    """Changes what is given. Raises InvalidRequest for a bad policy, Conflict for a taken name."""
+    """Changes what is given. Raises InvalidRequest for a bad policy, Conflict for a taken name or domain."""
     before = await find(connection, organisation, lock=True)
     if suspended and before["id"] == actor.organisation_id:
         raise refusal(InvalidRequest, "nobody can suspend their own organisation", "suspended")
@@ -104,6 +112,8 @@ async def update(
             "content_retention_days": policy.retention_days,
             "content_redact": policy.redact,
         }
+    if domains is not None:
+        changes["domains"] = await _free_domains(connection, before["id"], domains)
     detail = {key: {"from": before[key], "to": value} for key, value in changes.items() if before[key] != value}
     if detail:
         columns = ", ".join(f"{column} = ${number}" for number, column in enumerate(detail, 2))
@@ -115,6 +125,20 @@ async def update(
             raise refusal(Conflict, f"there is an organisation {changes['name']!r} already", "name") from None
         await audit.record(connection, actor, "organisation.update", before["name"], before["id"], detail)
     return Organisation.of(await find(connection, str(before["id"])))
+
+
+async def _free_domains(connection: Any, organisation: UUID, domains: Sequence[str]) -> list[str]:
+    """Domains that no other organisation has. Raises InvalidRequest, Conflict."""
+    wanted = fields.domains(domains, "domains")
+    # Of two declarations of one domain at once, the second finds the first.
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", DOMAINS_LOCK)
+    taken = await connection.fetchrow(
+        "SELECT name, domains FROM organisations WHERE id <> $1 AND domains && $2", organisation, wanted
+    )
+    if taken is not None:
+        domain = next(domain for domain in wanted if domain in taken["domains"])
+        raise refusal(Conflict, f"{domain} is a domain of the organisation {taken['name']!r} already", "domains")
+    return wanted
 
 
 def checked(content: Content) -> Content:

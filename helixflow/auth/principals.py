@@ -1,6 +1,6 @@
 """The principal behind a credential: one query, whatever is checked."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
@@ -8,6 +8,7 @@ import orjson
 
 from helixflow.auth.pepper import Pepper
 from helixflow.auth.records import Content
+from helixflow.auth.roles import Role
 from helixflow.auth.signing import Access, Signer
 from helixflow.core_rs import InvalidApiKey, InvalidToken
 from helixflow.limits.model import Limits, SubjectLimits
@@ -21,13 +22,18 @@ _OWNER = """
     o.content_store, o.content_retention_days, o.content_redact,
     u.disabled OR u.deleted_at IS NOT NULL OR o.suspended AS refused
 """
+# A key that another one made hangs on it and on its user, and has their limits beside its own.
 _KEY = f"""
-SELECT k.id AS key_id, k.name AS key, k.models, k.endpoints, k.development,
-    coalesce(floor(extract(epoch FROM k.expires_at)), 0)::bigint AS expires_at,
-    k.revoked_at IS NOT NULL OR k.expires_at <= now() AS ended, {_OWNER},
+SELECT k.id AS key_id, k.name AS key, k.models, k.endpoints, k.development, k.role AS key_role,
+    p.id AS parent_id, p.user_id AS parent_user_id, p.models AS parent_models, p.endpoints AS parent_endpoints,
+    coalesce(floor(extract(epoch FROM least(k.expires_at, p.expires_at))), 0)::bigint AS expires_at,
+    coalesce(k.revoked_at, p.revoked_at) IS NOT NULL OR least(k.expires_at, p.expires_at) <= now()
+        OR pu.disabled OR pu.deleted_at IS NOT NULL AS ended, {_OWNER},
     (SELECT jsonb_object_agg(l.subject, to_jsonb(l)) FROM limits l WHERE l.subject IN
-        ('key:' || k.id::text, 'user:' || u.id::text, 'organisation:' || o.id::text)) AS limits
+        ('key:' || k.id::text, 'user:' || u.id::text, 'organisation:' || o.id::text,
+         'key:' || p.id::text, 'user:' || p.user_id::text)) AS limits
 FROM api_keys k JOIN users u ON u.id = k.user_id JOIN organisations o ON o.id = u.organisation_id
+LEFT JOIN api_keys p ON p.id = k.parent_id LEFT JOIN users pu ON pu.id = p.user_id
 WHERE k.digest = $1
 """  # noqa: S608 - the text above
 _SESSION = f"""
@@ -58,7 +64,11 @@ class Principal:
     installation: bool = False
     """Belongs to the first organisation."""
     limits: tuple[SubjectLimits, ...] = ()
-    """Of key, user, organisation, as far as they have any."""
+    """Of keys, users, organisation, as far as they have any; those of the key itself first."""
+    administers: str = ""
+    """The role up to which the credential administers; empty: nothing beyond itself."""
+    depends_on: tuple[str, ...] = ()
+    """`key:UUID` and `user:UUID` of the key that made it."""
 
 
 async def by_key(connection: Any, pepper: Pepper, presented: bytes, *, development: bool) -> Principal:
@@ -68,14 +78,17 @@ async def by_key(connection: Any, pepper: Pepper, presented: bytes, *, developme
         row = await connection.fetchrow(_KEY, pepper.key_digest(presented))
     if row is None or row["ended"] or row["refused"] or (row["development"] and not development):
         raise unknown_key()
-    return _principal(
+    parent = {"key": row["parent_id"], "user": row["parent_user_id"]} if row["parent_id"] else {}
+    found = _principal(
         row,
         expires_at=row["expires_at"],
         key_id=row["key_id"],
         key=row["key"],
-        models=row["models"],
-        endpoints=row["endpoints"],
+        models=_both(row["models"], row["parent_models"]),
+        endpoints=_both(row["endpoints"], row["parent_endpoints"]),
+        depends_on=tuple(f"{kind}:{number}" for kind, number in parent.items()),
     )
+    return replace(found, administers=_administers(found, row["key_role"]))
 
 
 def unknown_key() -> InvalidApiKey:
@@ -93,12 +106,31 @@ async def by_session(connection: Any, access: Access) -> Principal:
     row = await connection.fetchrow(_SESSION, access.session_id, access.user_id)
     if row is None or row["ended"] or row["refused"]:
         raise refusal(InvalidToken, "the session of this access token is over: log in again")
-    return _principal(row, expires_at=access.expires_at, session_id=access.session_id)
+    return _principal(row, expires_at=access.expires_at, session_id=access.session_id, administers=row["role"])
+
+
+def _administers(found: Principal, role: str | None) -> str:
+    """The role up to which a key administers: a bound one not at all, none more than its holder may now."""
+    bound = found.models or found.endpoints or any(item.subject == f"key:{found.key_id}" for item in found.limits)
+    if role is None or bound:
+        return ""
+    return min(Role[role.upper()], Role[found.role.upper()]).word
+
+
+def _both(own: list[str], above: list[str] | None) -> list[str]:
+    """What two lists of names allow together; an empty one allows all. Raises InvalidApiKey when nothing is left."""
+    if not own or not above:
+        return own or above or []
+    kept = [name for name in own if name in above]
+    if not kept:
+        raise unknown_key()
+    return kept
 
 
 def _principal(row: Any, **credential: Any) -> Principal:
     found = orjson.loads(row["limits"]) if row["limits"] else {}
-    subjects = sorted(found, key=lambda subject: _ORDER.index(subject.partition(":")[0]))
+    own = {f"key:{credential.get('key_id')}", f"user:{row['user_id']}"}
+    subjects = sorted(found, key=lambda subject: (_ORDER.index(subject.partition(":")[0]), subject not in own))
     return Principal(
         organisation_id=row["organisation_id"],
         organisation=row["organisation"],

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ORGANISATION = """
-SELECT o.id, o.name, o.first, o.suspended, o.content_store, o.content_retention_days, o.content_redact,
+SELECT o.id, o.name, o.first, o.suspended, o.content_store, o.content_retention_days, o.content_redact, o.domains,
     floor(extract(epoch FROM o.created_at))::bigint AS created,
     (extract(epoch FROM o.created_at) * 1000000)::bigint AS place
 FROM organisations o
@@ -22,10 +22,11 @@ KEY = """
 SELECT k.id, k.name, k.prefix, k.user_id, u.email AS user_name, u.role, u.organisation_id, k.models, k.endpoints,
     floor(extract(epoch FROM k.created_at))::bigint AS created,
     (extract(epoch FROM k.created_at) * 1000000)::bigint AS place,
-    coalesce(floor(extract(epoch FROM k.expires_at)), 0)::bigint AS expires,
-    coalesce(floor(extract(epoch FROM k.revoked_at)), 0)::bigint AS revoked,
-    coalesce(floor(extract(epoch FROM k.last_used_at)), 0)::bigint AS last_used, k.replaced_by
-FROM api_keys k JOIN users u ON u.id = k.user_id
+    coalesce(floor(extract(epoch FROM least(k.expires_at, p.expires_at))), 0)::bigint AS expires,
+    coalesce(floor(extract(epoch FROM coalesce(k.revoked_at, p.revoked_at))), 0)::bigint AS revoked,
+    coalesce(floor(extract(epoch FROM k.last_used_at)), 0)::bigint AS last_used, k.replaced_by,
+    k.role AS key_role, k.parent_id
+FROM api_keys k JOIN users u ON u.id = k.user_id LEFT JOIN api_keys p ON p.id = k.parent_id
 """
 
 
@@ -47,12 +48,13 @@ class Organisation:
     suspended: bool
     content: Content
     created_at: int
+    domains: list[str]
 
     @classmethod
     def of(cls, row: Any) -> "Organisation":
         """A row of ORGANISATION."""
         content = Content(row["content_store"], row["content_retention_days"], row["content_redact"])
-        return cls(str(row["id"]), row["name"], row["suspended"], content, row["created"])
+        return cls(str(row["id"]), row["name"], row["suspended"], content, row["created"], row["domains"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class Key:
     revoked_at: int
     last_used_at: int
     replaced_by: str
+    role: str
+    parent_id: str
 
     @classmethod
     def of(cls, row: Any) -> "Key":
@@ -124,4 +128,6 @@ class Key:
             revoked_at=row["revoked"],
             last_used_at=row["last_used"],
             replaced_by=str(row["replaced_by"] or ""),
+            role=row["key_role"] or "",
+            parent_id=str(row["parent_id"] or ""),
         )

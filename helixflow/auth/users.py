@@ -5,8 +5,8 @@ from uuid import UUID
 
 import asyncpg
 
-from helixflow.auth import audit, fields, organisations, sessions, throttle
-from helixflow.auth.actors import Actor
+from helixflow.auth import audit, fields, organisations, roles, sessions, throttle
+from helixflow.auth.actors import Actor, permit
 from helixflow.auth.organisations import Page, page_of
 from helixflow.auth.records import USER, User
 from helixflow.auth.roles import Role
@@ -41,14 +41,14 @@ async def find(connection: Any, actor: Actor, name: str, param: str = "user") ->
 
 
 async def target(connection: Any, actor: Actor, name: str, param: str = "user") -> Any:
-    """As `find`, for a change: of a user whose role is not above the actor's, locked with the organisation.
+    """As `find`, for a change: of a user within the actor's reach (`roles.person`), locked with the organisation.
 
     Who owns an organisation changes under the organisation's lock only, so that the last owner cannot leave twice.
     """
     row = await find(connection, actor, name, param)
     await connection.execute("SELECT FROM organisations WHERE id = $1 FOR NO KEY UPDATE", row["organisation_id"])
     row = await find(connection, actor, str(row["id"]), param)
-    actor.allow_role(Role[row["role"].upper()], param)
+    permit(roles.person(actor.power, Role[row["role"].upper()], own=actor.owns(row["id"])), param)
     return row
 
 
@@ -68,7 +68,7 @@ async def create(
     service = password is None
     email = fields.service_name(email) if service else fields.email(email)
     wanted = fields.role(role)
-    actor.allow_role(wanted, "role")
+    permit(roles.joins(actor.power, wanted, service=service), "role")
     home = await _home(connection, actor, organisation)
     try:
         async with connection.transaction():
@@ -106,12 +106,15 @@ async def listing(connection: Any, actor: Actor, organisation: str, limit: int, 
 async def update(connection: Any, actor: Actor, name: str, role: str | None, disabled: bool | None) -> User:
     """Changes what is given. Disabling ends the sessions; keys rest until the user is enabled again.
 
-    Raises PermissionDenied for a role above the actor's, Conflict when the last owner would go.
+    Raises PermissionDenied for a role that is not the actor's to give, Conflict when the last owner would go.
     """
     row = await target(connection, actor, name)
     wanted = row["role"] if role is None else fields.role(role).word
-    actor.allow_role(Role[wanted.upper()], "role")
+    if wanted != row["role"]:
+        permit(roles.grant(actor.power, Role[wanted.upper()]), "role")
     resting = row["disabled"] if disabled is None else disabled
+    given = (Role[row["role"].upper()], row["disabled"]), (Role[wanted.upper()], resting)
+    permit(roles.enables(actor.power, *given), "role" if given[0][0] < given[1][0] else "disabled")
     before = {"role": row["role"], "disabled": row["disabled"]}
     after = {"role": wanted, "disabled": resting}
     detail = {key: {"from": before[key], "to": after[key]} for key in after if before[key] != after[key]}
@@ -128,6 +131,7 @@ async def update(connection: Any, actor: Actor, name: str, role: str | None, dis
 async def reset_password(connection: Any, actor: Actor, name: str, password: str) -> User:
     """A new one-time password (its hash); forgets wrong ones and ends all sessions. Raises InvalidRequest."""
     row = await target(connection, actor, name)
+    permit(roles.secret(actor.power, Role[row["role"].upper()], own=actor.owns(row["id"])), "user")
     if row["service_account"]:
         raise refusal(InvalidRequest, f"{row['email']!r} is a service account: it has keys, no password", "user")
     await connection.execute(
@@ -160,7 +164,9 @@ async def delete(connection: Any, actor: Actor, name: str) -> str:
     )
     ended = await sessions.end_all(connection, row["id"])
     revoked = await connection.fetch(
-        "UPDATE api_keys SET revoked_at = now() WHERE user_id = $1 AND revoked_at IS NULL RETURNING id", row["id"]
+        "UPDATE api_keys SET revoked_at = now() WHERE revoked_at IS NULL AND (user_id = $1 OR "
+        "parent_id IN (SELECT id FROM api_keys WHERE user_id = $1)) RETURNING id",
+        row["id"],
     )
     detail = {"sessions_ended": ended, "keys_revoked": len(revoked)}
     await audit.record(connection, actor, "user.delete", row["email"], row["organisation_id"], detail)

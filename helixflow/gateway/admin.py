@@ -1,7 +1,7 @@
 """/admin/v1: the auth-service's AdminService as HTTP and JSON.
 
-Path, query and body become the fields of one message; who acts comes from the checked credential alone. The
-auth-service decides by role what each may do.
+Path, query and body become the fields of one message; who acts comes from the credential alone, which goes with the
+call: the auth-service checks it again and decides what each may do.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ import orjson
 
 from helixflow.core_rs import CoreError, InvalidRequest, PermissionDenied
 from helixflow.gateway.accounts import NO_STORE, Call, ask, read_object
+from helixflow.gateway.auth import presented
+from helixflow.gateway.credentials import passed_on
 from helixflow.gateway.http import Request
 from helixflow.gateway.routes import Policy, Route, parameters
 from helixflow.refusals import message_of, refusal
@@ -51,7 +53,13 @@ USAGE = ("organisation", *DAYS, "group_by", "key", "user", "model")
 ENDPOINTS = (
     Endpoint("GET", "/admin/v1/organisations", "ListOrganisations", "ListRequest", PAGE),
     Endpoint("POST", "/admin/v1/organisations", "CreateOrganisation", "CreateOrganisationRequest", status=201),
-    Endpoint("PATCH", "/admin/v1/organisations/{organisation}", "UpdateOrganisation", "UpdateOrganisationRequest"),
+    Endpoint(
+        "PATCH",
+        "/admin/v1/organisations/{organisation}",
+        "UpdateOrganisation",
+        "UpdateOrganisationRequest",
+        lists=("domains",),
+    ),
     Endpoint("GET", "/admin/v1/users", "ListUsers", "ListRequest", PAGE),
     Endpoint("POST", "/admin/v1/users", "CreateUser", "CreateUserRequest", status=201),
     Endpoint("PATCH", "/admin/v1/users/{user}", "UpdateUser", "UpdateUserRequest"),
@@ -120,19 +128,11 @@ class _Handler:
 
 
 def _actor(request: Request) -> Any:
-    """Who acts. Raises PermissionDenied for a caller without an account."""
-    caller = request.caller
-    if not caller.organisation_id:
+    """Who acts: the caller's own credential. Raises PermissionDenied for a caller without an account."""
+    if not request.caller.organisation_id:
         raise refusal(PermissionDenied, "this credential belongs to no account; send a key or an access token of one")
-    return messages.Actor(
-        principal_user_id=caller.user_id,
-        principal_key_id=caller.key_id,
-        organisation_id=caller.organisation_id,
-        role=caller.role,
-        address=request.client,
-        request_id=request.id,
-        name=caller.name,
-    )
+    shown = passed_on(presented(request))
+    return messages.Actor(address=request.client, request_id=request.id, **shown)
 
 
 def _query(request: Request, allowed: tuple[str, ...]) -> dict[str, Any]:

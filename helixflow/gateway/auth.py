@@ -48,6 +48,10 @@ class Principal:
     endpoints: frozenset[str] = frozenset()
     limits: tuple[SubjectLimits, ...] = ()
     content: Content | None = None
+    administers: str = ""
+    """The role up to which the credential administers; empty: nothing beyond itself."""
+    depends_on: tuple[str, ...] = ()
+    """`kind:UUID` of what its validity hangs on beside the above."""
     token_ceiling: int | None = None
     """The smallest limit of tokens in any window."""
     ids: tuple[bytes | None, bytes | None, bytes | None] = (None, None, None)
@@ -77,6 +81,8 @@ class Principal:
                 (limit for item in limits for metric, limit in item.limits if metric in TOKENS), default=None
             ),
             content=Content(content.retention_days, tuple(content.redact)) if content.store else None,
+            administers=message.administers,
+            depends_on=tuple(message.depends_on),
             ids=(_bytes(message.organisation_id), _bytes(message.user_id), _bytes(message.key_id)),
         )
 
@@ -144,8 +150,8 @@ def bearer(header: bytes | None) -> bytes:
 def presented(request: Request) -> bytes:
     """The credential of a request: the bearer token, or what `x-api-key` or `api-key` holds, as other APIs send it.
 
-    Raises InvalidApiKey when there is none, and when there are several: which one counts must not depend on their
-    order, because whatever stands before the gateway may have looked at another one.
+    Raises InvalidApiKey when there is none that anybody can have issued, and when there are several: which one counts
+    must not depend on their order, because whatever stands before the gateway may have looked at another one.
     """
     given = {bearer(value) for value in request.values(b"authorization")}
     for name in OTHER_HEADERS:
@@ -153,7 +159,10 @@ def presented(request: Request) -> bytes:
     given.discard(b"")
     if len(given) > 1:
         raise refusal(InvalidApiKey, "the request holds several API keys that differ: send one")
-    return given.pop() if given else bearer(None)
+    token = given.pop() if given else bearer(None)
+    if len(token) > MAX_CREDENTIAL_BYTES:
+        raise unknown_key()
+    return token
 
 
 async def authenticate(request: Request, store: KeyStore) -> Principal:
@@ -162,8 +171,6 @@ async def authenticate(request: Request, store: KeyStore) -> Principal:
     Raises InvalidApiKey, InvalidToken, PermissionDenied (not for this route), RateLimitExceeded or Unavailable.
     """
     token = presented(request)
-    if len(token) > MAX_CREDENTIAL_BYTES:
-        raise unknown_key()
     principal = store.known(token)
     if principal is None:
         principal = await store.verify(token, request.client)

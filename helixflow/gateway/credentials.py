@@ -113,12 +113,12 @@ class Credentials:
             principal = await self._remembered(credential, digest, entry, token)
             if principal is not None:
                 return principal
-        return self._checked(await self._ask_stranger(credential, digest, token, address), token)
+        return self._checked(await self._ask_stranger(credential, digest, address), token)
 
-    async def _ask_stranger(self, credential: bytes, digest: bytes, token: bool, address: str) -> Principal | None:
+    async def _ask_stranger(self, credential: bytes, digest: bytes, address: str) -> Principal | None:
         """Asks about what nobody remembers. What it costs is given back unless it was in vain."""
         if digest in self._asking:
-            return await self._ask(credential, digest, token, ASK_S)
+            return await self._ask(credential, digest, ASK_S)
         wait_s = self._strangers.take(address)
         if wait_s:
             error = refusal(RateLimitExceeded, "too many unknown keys or tokens from your address; try again later")
@@ -126,7 +126,7 @@ class Credentials:
             raise error
         in_vain = False
         try:
-            found = await self._ask(credential, digest, token, ASK_S)
+            found = await self._ask(credential, digest, ASK_S)
             in_vain = found is None
         finally:
             if not in_vain:
@@ -146,11 +146,11 @@ class Credentials:
             return None
         if entry.doubtful and now >= self._away_until and not self._unanswered:
             try:
-                return self._checked(await self._ask(credential, digest, token, RECHECK_S), token)
+                return self._checked(await self._ask(credential, digest, RECHECK_S), token)
             except AWAY:
                 logger.debug("no auth-service answers; the memory of a credential counts")
         elif (entry.doubtful or now >= entry.fresh_until) and now >= self._away_until:
-            self._ask_soon(credential, digest, token)
+            self._ask_soon(credential, digest)
         # It may have been forgotten while we waited: then it has changed, and its memory does not count any more.
         if self._entries.get(digest) is not entry:
             return None
@@ -164,9 +164,9 @@ class Credentials:
             raise _refused(token)
         return principal
 
-    async def _ask(self, credential: bytes, digest: bytes, token: bool, timeout_s: float) -> Principal | None:
+    async def _ask(self, credential: bytes, digest: bytes, timeout_s: float) -> Principal | None:
         """Callers who ask for the same credential share one question. Raises what `Client.call` raises."""
-        task = self._ask_soon(credential, digest, token)
+        task = self._ask_soon(credential, digest)
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(task)
@@ -174,10 +174,10 @@ class Credentials:
             self._gone()
             raise refusal(Unavailable, "the API key cannot be checked now; try again in a moment") from None
 
-    def _ask_soon(self, credential: bytes, digest: bytes, token: bool) -> "asyncio.Task[Principal | None]":
+    def _ask_soon(self, credential: bytes, digest: bytes) -> "asyncio.Task[Principal | None]":
         task = self._asking.get(digest)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._question(credential, digest, token))
+            task = asyncio.get_running_loop().create_task(self._question(credential, digest))
             self._asking[digest] = task
             task.add_done_callback(lambda done: self._answered(digest, done))
         return task
@@ -187,13 +187,9 @@ class Credentials:
         if not task.cancelled() and (error := task.exception()) and not isinstance(error, CoreError):
             logger.error("a credential could not be checked", exc_info=error)
 
-    async def _question(self, credential: bytes, digest: bytes, token: bool) -> Principal | None:
+    async def _question(self, credential: bytes, digest: bytes) -> Principal | None:
         generation = self._generation
-        request = messages.VerifyRequest()
-        if token:
-            request.access_token = credential.decode("latin-1")
-        else:
-            request.key_digest = presented(credential)
+        request = messages.VerifyRequest(**passed_on(credential))
         try:
             principal = Principal.of(await self._client.call("AuthService/Verify", request, timeout_s=ASK_S))
         except (InvalidApiKey, InvalidToken):
@@ -304,12 +300,19 @@ def _is_token(credential: bytes) -> bool:
     return credential.count(b".") == 2
 
 
+def passed_on(credential: bytes) -> dict[str, bytes | str]:
+    """A credential as the auth-service takes it: one field of its messages. No service ever sees a key."""
+    if _is_token(credential):
+        return {"access_token": credential.decode("latin-1")}
+    return {"key_digest": presented(credential)}
+
+
 def _refused(token: bool) -> CoreError:
     return refusal(InvalidToken, "the access token is not valid, or no longer") if token else unknown_key()
 
 
 def _holders(principal: Principal) -> list[str]:
-    return [
+    own = [
         f"{kind}:{identifier}"
         for kind, identifier in (
             ("key", principal.key_id),
@@ -319,3 +322,4 @@ def _holders(principal: Principal) -> list[str]:
         )
         if identifier
     ]
+    return [*own, *principal.depends_on]

@@ -37,7 +37,7 @@ class Status:
         The counters are those of all organisations together.
         """
         caller = request.caller
-        if not caller.installation or caller.role not in ROLES:
+        if not caller.installation or caller.administers not in ROLES:
             raise refusal(PermissionDenied, "owners and administrators of the first organisation only")
         await request.respond(200, orjson.dumps(self._counters()), headers=[(b"cache-control", b"no-store")])
 

@@ -80,6 +80,15 @@ class Limits:
     def __bool__(self) -> bool:
         return any(value is not None for value in self.values())
 
+    def wider_than(self, other: "Limits") -> str | None:
+        """The first limit of `other` that these lift or raise, by its name."""
+        for metric, limit in other:
+            name = metric.name.lower()
+            own: int | None = getattr(self, name)
+            if own is None or own > limit:
+                return name
+        return None
+
     def check(self) -> "Limits":
         """These limits. Raises InvalidRequest for one that nobody can count."""
         for metric, limit in self:
@@ -123,8 +132,16 @@ class Price:
 
     @classmethod
     def of(cls, message: Any) -> "Price":
-        """Reads a `helixflow.v1.Price`."""
+        """Reads a `helixflow.v1.Price`; what it leaves out is free."""
         return cls(message.model, message.prompt, message.cached, message.completion)
+
+    @classmethod
+    def whole(cls, message: Any) -> "Price":
+        """As `of`. Raises InvalidRequest when something is left out: nothing becomes free by being forgotten."""
+        for name in ("prompt", "cached", "completion"):
+            if not message.HasField(name):
+                raise refusal(InvalidRequest, f"price.{name} is required, in nano units per token", f"price.{name}")
+        return cls.of(message)
 
     def message(self) -> Any:
         """A `helixflow.v1.Price`."""

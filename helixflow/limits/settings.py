@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from helixflow.core_rs import InvalidRequest
 from helixflow.limits.model import FIELDS, Limits, Price, SubjectLimits
@@ -18,11 +20,15 @@ _SUBJECT = re.compile(r"(key|user|organisation):[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-
 
 _COLUMNS = ", ".join(FIELDS)
 _SET = (
-    f"INSERT INTO helixflow.limits (subject, {_COLUMNS}) VALUES ($1, "  # noqa: S608 - names of our own
-    + ", ".join(f"${number}" for number in range(2, len(FIELDS) + 2))
+    f"INSERT INTO helixflow.limits (subject, set_by, set_rank, {_COLUMNS}) VALUES ($1, $2, $3, "  # noqa: S608 - names of our own
+    + ", ".join(f"${number}" for number in range(4, len(FIELDS) + 4))
     + ") ON CONFLICT (subject) DO UPDATE SET updated_at = now(), "
-    + ", ".join(f"{name} = EXCLUDED.{name}" for name in FIELDS)
+    + ", ".join(f"{name} = EXCLUDED.{name}" for name in ("set_by", "set_rank", *FIELDS))
 )
+_COPY = f"""
+    INSERT INTO helixflow.limits (subject, set_by, set_rank, {_COLUMNS})
+    SELECT $2, set_by, set_rank, {_COLUMNS} FROM helixflow.limits WHERE subject = $1
+"""  # noqa: S608 - names of our own
 _OF_ALL = f"SELECT subject, {_COLUMNS} FROM helixflow.limits WHERE subject > $1 ORDER BY subject LIMIT $2"  # noqa: S608
 _OF_ORGANISATION = f"""
     SELECT subject, {_COLUMNS} FROM helixflow.limits
@@ -33,6 +39,7 @@ _OF_ORGANISATION = f"""
                   WHERE organisation_id = $3))
     ORDER BY subject LIMIT $2
 """  # noqa: S608 - names of our own
+_FOUND = f"SELECT set_by, set_rank, {_COLUMNS} FROM helixflow.limits WHERE subject = $1"  # noqa: S608 - names of our own
 _OF_SUBJECTS = f"SELECT subject, {_COLUMNS} FROM helixflow.limits WHERE subject = ANY ($1)"  # noqa: S608
 
 
@@ -45,7 +52,15 @@ def check_subject(subject: str) -> str:
     return subject
 
 
-async def set_limits(connection: Any, subject: str, limits: Limits) -> SubjectLimits:
+@dataclass(frozen=True, slots=True)
+class Setter:
+    """Who set limits: the user, and the role's word or `operator`. Nobody where that is not known."""
+
+    user_id: UUID | None = None
+    rank: str | None = None
+
+
+async def set_limits(connection: Any, subject: str, limits: Limits, by: Setter | None = None) -> SubjectLimits:
     """Replaces all limits of a subject; none at all removes it. Whether the subject exists is the caller's to check.
 
     Gateways learn of it through `helixflow.notify_change`. Raises InvalidRequest.
@@ -53,10 +68,22 @@ async def set_limits(connection: Any, subject: str, limits: Limits) -> SubjectLi
     check_subject(subject)
     limits.check()
     if limits:
-        await connection.execute(_SET, subject, *limits.values())
+        setter = by or Setter()
+        await connection.execute(_SET, subject, setter.user_id, setter.rank, *limits.values())
     else:
         await connection.execute("DELETE FROM helixflow.limits WHERE subject = $1", subject)
     return SubjectLimits(subject, limits)
+
+
+async def found(connection: Any, subject: str) -> tuple[Limits, Setter]:
+    """The limits of one subject, and who set them."""
+    row = await connection.fetchrow(_FOUND, subject)
+    return (Limits.of_row(row), Setter(row["set_by"], row["set_rank"])) if row else (Limits(), Setter())
+
+
+async def copy_limits(connection: Any, source: str, target: str) -> None:
+    """Gives a new subject the limits of another one, as far as that has any."""
+    await connection.execute(_COPY, source, target)
 
 
 async def limits_of(

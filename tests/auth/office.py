@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from helixflow.auth.admin import AdminHandlers
+from helixflow.auth.keys import presented
 from helixflow.db.target import Target
 from helixflow.pki.layout import Layout
 from helixflow.rpc import messages
@@ -26,14 +27,22 @@ class Office:
     w: World
     handlers: dict[str, Any]
     people: dict[str, UUID] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    """An access token of each person who has acted."""
 
     async def operator(self, method: str, **values: Any) -> Any:
         return await self._call(method, COMMAND, {"name": "root", "address": "10.9.9.9"}, values)
 
-    async def call(self, who: str, method: str, *, by: UUID | None = None, **values: Any) -> Any:
-        """As the user `who` (`admin` or `other-admin`), perhaps `by` a key."""
-        actor = {"principal_user_id": str(self.people[who]), "address": "10.0.0.1", "request_id": "r-1"}
-        return await self._call(method, GATEWAY, actor | ({"principal_key_id": str(by)} if by else {}), values)
+    async def call(self, who: str, method: str, *, by: str | None = None, **values: Any) -> Any:
+        """With an access token of the person `who` (`admin` or `other-admin`), or `by` a key instead."""
+        shown = {"key_digest": presented(by.encode()).hex()} if by else {"access_token": await self.token(who)}
+        return await self._call(method, GATEWAY, {"address": "10.0.0.1", "request_id": "r-1", **shown}, values)
+
+    async def token(self, who: str) -> str:
+        if who not in self.tokens:
+            issued = await self.w.do(self.w.sessions.begin, self.people[who], "password", "")
+            self.tokens[who] = issued.access_token
+        return self.tokens[who]
 
     async def _call(self, method: str, caller: Caller, actor: dict[str, str], values: dict[str, Any]) -> Any:
         kind = messages.method(f"AdminService/{method}").request
@@ -43,7 +52,7 @@ class Office:
 @contextlib.asynccontextmanager
 async def office(target: Target, pki: Layout, *, development: bool = False) -> AsyncIterator[Office]:
     async with world(target, pki) as w:
-        admin = AdminHandlers(w.pool, SECRET, w.passwords, currency="EUR", development=development)
+        admin = AdminHandlers(w.pool, SECRET, w.signer, w.passwords, currency="EUR", development=development)
         made = Office(w, admin.methods())
         if not await w.value("SELECT EXISTS (SELECT FROM organisations WHERE name = 'other')"):
             await made.operator("CreateOrganisation", name="other")
@@ -70,7 +79,7 @@ def arguments(o: Office) -> dict[str, dict[str, Any]]:
         "RotateKey": {"key": str(uuid4())},
         "RevokeKey": {"key": str(uuid4())},
         "SetLimits": {"subject": f"user:{o.people['viewer']}", "limits": {}},
-        "SetPrice": {"price": {"model": "m", "prompt": 1}},
+        "SetPrice": {"price": {"model": "m", "prompt": 1, "cached": 1, "completion": 1}},
         "DeletePrice": {"model": "m"},
         "GetTexts": {"request": "00000000-0000-0000-0000-000000000000"},
     }

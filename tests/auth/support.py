@@ -12,7 +12,6 @@ from uuid import UUID, uuid4
 from argon2 import PasswordHasher
 
 from helixflow.auth import actors, api_keys, users
-from helixflow.auth.actors import Actor
 from helixflow.auth.api_keys import Wanted
 from helixflow.auth.first_start import first_start
 from helixflow.auth.login import Login
@@ -91,12 +90,6 @@ class World:
     async def service(self, name: str, role: str = "member", organisation: str = "default") -> UUID:
         made = await self.do(users.create, OPERATOR, organisation=organisation, email=name, role=role, password=None)
         return UUID(made.id)
-
-    async def actor(self, user_id: UUID, key_id: UUID | None = None, *, development: bool = False) -> Actor:
-        found: Actor = await self.do(
-            actors.known, user_id, key_id, development=development, address="10.0.0.1", request_id="r"
-        )
-        return found
 
     async def key(self, user: UUID, name: str = "key", **wanted: Any) -> tuple[UUID, str]:
         """A key: its UUID and secret."""

@@ -122,7 +122,7 @@ def test_the_whole_life_over_the_wire(each: Target, pki: Layout, tmp_path: Path)
             assert owner.session_id
             assert owner.expires_at > time.time()
 
-            actor = {"principal_user_id": owner.user_id, "name": "whoever"}
+            actor = {"access_token": tokens.access_token, "name": "whoever"}
             request = messages.parse(
                 messages.CreateKeyRequest, {"actor": actor, "name": "first", "limits": {"tokens_per_day": 7}}
             )

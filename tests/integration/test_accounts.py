@@ -364,11 +364,12 @@ def test_every_act_is_in_the_audit_log(site: Site) -> None:
         assert abs(row["at"] - time.time()) < 60
     assert rows["act-2"]["target"] == "watched@example.com"
     assert '"from":"member"' in rows["act-2"]["detail"].replace(" ", "")
-    by_key = site.key()
+    by_key = site.key(admin=True)
     site.done("POST", KEYS, by_key.secret, json={"name": "made by a key"})
     newest = site.audit()[0]
     assert newest["action"] == "key.create"
     assert newest["actor"].startswith(f"{OWNER} (key ")
+    assert (newest["actor_user_id"], newest["actor_key_id"]) == (site.owner.id, by_key.id)
     # What must not be there, and what must not change.
     everything = site.value("SELECT string_agg(a::text, ' ') FROM audit_log a")
     assert by_key.secret not in everything

@@ -257,7 +257,7 @@ def with_text(endpoint: Endpoint, body: dict[str, Any], path: tuple[str, ...], t
     names = [name for name in path if name not in ("values", endpoint.inner)]
     for name in names[:-1]:
         inner = inner.setdefault(name, {})
-    several = names[-1] in ("models", "endpoints", "redact", "group_by")
+    several = names[-1] in ("models", "endpoints", "redact", "group_by", "domains")
     inner[names[-1]] = [text] if several else text
     return made
 
