@@ -120,9 +120,14 @@ def _run(options: argparse.Namespace, name: str, service: Callable[[Config], int
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda _number, _frame: None)
     from helixflow import log
+    from helixflow.confine import harden, kernel
 
     config = _load(options)
     log.setup(config.log, name)
+    if name == "supervisor":
+        kernel.forbid_core_dumps()  # what it starts gives up more; it gives accounts and folders to them before
+    else:
+        harden.harden()
     try:
         return service(config)
     except HelixError as error:

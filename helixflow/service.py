@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
 
 from helixflow import log
 from helixflow.config import SuperviseConfig
@@ -23,10 +22,12 @@ logger = log.get("supervisor")
 class Service:
     """A `helixflow` command kept running. Not thread-safe; belongs to one event loop."""
 
-    def __init__(self, name: str, command: str, environ: Mapping[str, str], options: SuperviseConfig) -> None:
+    def __init__(self, name: str, command: str, options: SuperviseConfig) -> None:
         """`command` is the sub-command of `helixflow` that runs the service in the foreground."""
         self.name = name
-        self.environ = dict(environ)
+        self.environ: dict[str, str] = {}
+        self.launcher: tuple[str, ...] = ()
+        """Module that confines the process before it becomes the service."""
         self.address = ""
         self._command = command
         self._options = options
@@ -70,6 +71,7 @@ class Service:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
+                *self.launcher,
                 "helixflow",
                 *self._command.split(),
                 env={

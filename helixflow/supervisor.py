@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from helixflow import log
 from helixflow.config import DEFAULT_AUTH, DEFAULT_POOLS, DEVELOPMENT_KEY, Config, model_of
+from helixflow.confine.copies import COPY_S, Copies
+from helixflow.confine.settle import settle
 from helixflow.db.embedded import STOP_TIMEOUT_S
 from helixflow.engine.recipe import pool_recipe
 from helixflow.errors import EX_UNAVAILABLE, EX_USAGE, StartError
@@ -24,9 +26,6 @@ STOP_MARGIN_S = 10.0
 
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Weights on large pages: a fp32 decode step of one sequence costs a quarter less processor time."""
-
-MANAGERS = frozenset({"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"})
-"""Environment that is for the process that systemd has started, and for no other."""
 
 logger = log.get("supervisor")
 
@@ -84,11 +83,11 @@ class Supervisor:
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
         self._config = config
         self._say = say
-        environ = {name: value for name, value in os.environ.items() if name not in MANAGERS}
-        self._database = Service("database", "db run", environ, config.supervise)
-        self._auth = Service("auth-service", "auth", environ, config.supervise)
-        self._pool = Service("inference-pool", "pool", {**LARGE_PAGES, **environ}, config.supervise)
-        self._gateway = Service("api-gateway", "gateway", environ, config.supervise)
+        self._database = Service("database", "db run", config.supervise)
+        self._auth = Service("auth-service", "auth", config.supervise)
+        self._pool = Service("inference-pool", "pool", config.supervise)
+        self._gateway = Service("api-gateway", "gateway", config.supervise)
+        self._copies: list[Copies] = []
         accounts = [self._auth] if config.gateway.accounts else []
         embedded = [self._database] if accounts and not config.database.url else []
         self._services = [*embedded, *accounts, self._pool, self._gateway]
@@ -105,7 +104,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._signals.put_nowait, number)
         start = asyncio.create_task(self._start())
         stop = asyncio.create_task(self._until_stop())
-        beside = [asyncio.create_task(Pulse().run()), asyncio.create_task(self._reaper.run())]
+        beside = [asyncio.create_task(work) for work in (Pulse().run(), self._reaper.run(), self._follow())]
         try:
             await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not start.done():
@@ -127,6 +126,7 @@ class Supervisor:
 
     async def _start(self) -> None:
         await prepare(self._config, self._say)
+        await self._settle()
         if self._database in self._services:
             await self._database.start()
         if self._auth in self._services:
@@ -135,6 +135,26 @@ class Supervisor:
         address = Address.parse(await self._gateway.start())
         if self._config.gateway.listen.port == 0:
             self._gateway.environ["HELIX_GATEWAY_LISTEN"] = str(address)
+
+    async def _settle(self) -> None:
+        """Gives every service its environment, and for root its account, folders and certificates."""
+        places = {"database": self._database, "auth": self._auth, "pool": self._pool, "gateway": self._gateway}
+        wanted = {name: service for name, service in places.items() if service in self._services}
+        found = await asyncio.gather(*(settle(name, self._config) for name in wanted))
+        for service, settled in zip(wanted.values(), found, strict=True):
+            service.environ, service.launcher = settled.environ, settled.launcher
+            if settled.copies is not None:
+                self._copies.append(settled.copies)
+            if service is self._auth and settled.account is not None:
+                self._database.environ["HELIX_DATABASE_CLIENT"] = str(settled.account.uid)
+        self._pool.environ = {**LARGE_PAGES, **self._pool.environ}
+
+    async def _follow(self) -> None:
+        """Brings new certificates to the services, for ever."""
+        while True:
+            await asyncio.sleep(COPY_S)
+            for copies in self._copies:
+                copies.follow()
 
     async def _start_auth(self) -> None:
         listen = self._config.auth.listen
@@ -171,6 +191,8 @@ class Supervisor:
             if self._ends_with_terminal and not has_terminal():
                 logger.info("the terminal was closed")
                 return
+            for copies in self._copies:
+                copies.follow()
             for service in self._services:
                 service.reload()
 

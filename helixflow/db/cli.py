@@ -84,16 +84,18 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
     import signal
 
     from helixflow import log
+    from helixflow.confine.harden import harden
     from helixflow.db.embedded import Embedded
     from helixflow.errors import EX_SOFTWARE
     from helixflow.liveness import Pulse
     from helixflow.process import READY_FD, notify_ready
 
+    harden()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
-    server = Embedded(config.database.directory, user=config.database.user)
+    server = Embedded(config.database.directory, user=config.database.user, client=config.database.client)
     beating = asyncio.create_task(Pulse().run())
     dsn = await server.start()
     try:

@@ -18,6 +18,7 @@ from helixflow import log
 from helixflow.db.errors import DatabaseError, EmbeddedError
 from helixflow.db.place import (
     Account,
+    Client,
     Lock,
     clear_stale_pid,
     find_binaries,
@@ -54,11 +55,14 @@ REVOKE ALL ON DATABASE {DATABASE} FROM PUBLIC
 REVOKE ALL ON DATABASE postgres FROM PUBLIC
 REVOKE ALL ON DATABASE template1 FROM PUBLIC
 """
-_HBA = f"""\
+_HBA = """\
 # Written at every start.
-local  all  {ROLE}  peer map=helixflow
+{unnamed}local  all  {role}  peer map=helixflow
 host   all  all  all  scram-sha-256
 """
+_UNNAMED = f"local  all  {ROLE}  trust\n"
+"""For a client whose account has no name: who may connect is what the folder of the socket says, whose group is the
+client's, and which nobody else may pass but root and the account that owns the data anyway."""
 
 logger = log.get("database")
 
@@ -101,16 +105,20 @@ class Embedded:
         directory: Path,
         *,
         user: str = "nobody",
+        client: str = "",
         binaries: Path | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        """`user`: account for root to switch to. `binaries`: folder of `postgres` and `initdb`; None: the wheel's.
+        """`user`: account for root to switch to. `client`: that of the auth-service, when it is another one than ours.
 
-        `settings`: configuration parameters of PostgreSQL that win over ours.
+        `binaries`: folder of `postgres` and `initdb`; None: the wheel's. `settings`: configuration parameters of
+        PostgreSQL that win over ours.
         """
         # The root of relative paths must be the same for PostgreSQL, which changes its working directory.
         self.directory = directory.absolute()
         self._user = user
+        self._client_name = client
+        self._client: Client | None = None
         self._binaries = binaries
         self._settings = dict(settings or {})
         self._process: asyncio.subprocess.Process | None = None
@@ -139,6 +147,7 @@ class Embedded:
         Raises EmbeddedError, AlreadyRunningError when another process has it.
         """
         account = Account.find(self._user)
+        self._client = Client.find(self._client_name)
         make_directory(self.directory, account)
         self._owner = owner_lock(self.directory)
         try:
@@ -155,7 +164,7 @@ class Embedded:
         sink = BoundedLog(self.directory / "postgres.log")
         try:
             data = await self._cluster(account, binaries, sink)
-            sockets = socket_folder(self.directory, account)
+            sockets = socket_folder(self.directory, account, self._client)
             clear_stale_pid(data, sockets)
             self._write_access()
             self._ready.clear()
@@ -283,8 +292,11 @@ class Embedded:
         folder = self.directory / "conf"
         folder.mkdir(exist_ok=True)
         folder.chmod(0o755)
-        ident = f'# Written at every start.\nhelixflow  "{service_account()}"  {ROLE}\n'
-        for name, text in (("pg_hba.conf", _HBA), ("pg_ident.conf", ident)):
+        client = self._client
+        names = dict.fromkeys([service_account(), *([client.name] if client and client.name else [])])
+        ident = "# Written at every start.\n" + "".join(f'helixflow  "{name}"  {ROLE}\n' for name in names)
+        hba = _HBA.format(unnamed=_UNNAMED if client and not client.name else "", role=ROLE)
+        for name, text in (("pg_hba.conf", hba), ("pg_ident.conf", ident)):
             fresh = folder / f".{name}.new"
             fresh.write_text(text)
             fresh.chmod(0o644)

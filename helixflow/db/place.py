@@ -133,8 +133,30 @@ def make_directory(directory: Path, account: Account) -> None:
         )
 
 
-def socket_folder(directory: Path, account: Account) -> Path:
-    """A folder for the socket, open to the account (and root) alone: `run/`, or a shorter one when that is too long.
+@dataclass(frozen=True, slots=True)
+class Client:
+    """An auth-service under an account of its own, which may use the socket beside whoever runs the server."""
+
+    name: str
+    """Empty when the account is a number without an entry in /etc/passwd: PostgreSQL cannot know it by name then."""
+    gid: int
+
+    @classmethod
+    def find(cls, text: str) -> "Client | None":
+        """By name or number; None for an empty text. Raises EmbeddedError."""
+        if not text:
+            return None
+        try:
+            entry = pwd.getpwuid(int(text)) if text.isdecimal() else pwd.getpwnam(text)
+        except KeyError:
+            if text.isdecimal():
+                return cls("", int(text))
+            raise EmbeddedError(f"there is no account {text!r} (database.client)") from None
+        return cls(entry.pw_name, entry.pw_gid)
+
+
+def socket_folder(directory: Path, account: Account, client: Client | None = None) -> Path:
+    """A folder for the socket, open to the account, the client and root alone: `run/`, or a shorter one if need be.
 
     Raises EmbeddedError when the shorter one belongs to somebody else.
     """
@@ -147,7 +169,11 @@ def socket_folder(directory: Path, account: Account) -> Path:
         raise EmbeddedError(f"{folder}, the folder for the socket, belongs to uid {info.st_uid}; remove it")
     if info.st_uid != account.uid:
         account.own(folder)
-    folder.chmod(0o700)
+    if client is not None and account.drop:
+        os.chown(folder, account.uid, client.gid, follow_symlinks=False)
+        folder.chmod(0o710)
+    else:
+        folder.chmod(0o700)
     return folder
 
 
@@ -160,12 +186,20 @@ def socket_path(directory: Path) -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     base = (
         Path("/run")
-        if os.geteuid() == 0
+        if _of_root(directory)
         else Path(runtime)
         if runtime and Path(runtime).is_dir()
         else Path(tempfile.gettempdir())
     )
     return base / name
+
+
+def _of_root(directory: Path) -> bool:
+    """Whether root has made it, or will: an auth-service under another account must find the same folder."""
+    try:
+        return directory.stat().st_uid == 0
+    except OSError:
+        return os.geteuid() == 0
 
 
 class Lock:

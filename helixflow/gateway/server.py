@@ -1,9 +1,11 @@
 """`helixflow gateway`: checks everything, binds the address, runs the workers."""
 
+import os
 import socket
 
 from helixflow import log
 from helixflow.config import Config
+from helixflow.confine import kernel
 from helixflow.errors import StartError
 from helixflow.gateway.bridge import Bridge
 from helixflow.gateway.certificates import GatewayFiles
@@ -28,6 +30,9 @@ def run(config: Config, connect: Connect = Bridge.connect) -> int:
     except PkiError as error:
         raise StartError(f"the api-gateway cannot start: {error}") from error
     listener = bind(config.gateway.listen, config.gateway.backlog)
+    if os.geteuid() != 0:
+        # A port for the privileged is bound now, and needs no capability any more.
+        kernel.set_capabilities(())
     address = Address(config.gateway.listen.host, listener.getsockname()[1])
 
     def ready() -> None:

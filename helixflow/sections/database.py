@@ -32,4 +32,7 @@ class DatabaseConfig:
         "data of the embedded server; empty: postgres/ under home, for root without HELIX_HOME "
         "/var/lib/helixflow/postgres",
     )
+    client: str = option(
+        "", "account, by name or number, of an auth-service that is not the one that the embedded server's owner has"
+    )
     user: str = option("nobody", "account that the embedded server runs under when HelixFlow runs as root")

@@ -326,7 +326,8 @@ def test_where_the_data_are(tmp_path: Path) -> None:
 
 def test_a_supervisor_can_keep_it(environ: dict[str, str]) -> None:
     async def life() -> None:
-        service = Service("database", "db run", environ, SuperviseConfig())
+        service = Service("database", "db run", SuperviseConfig())
+        service.environ = environ
         target = Target.parse(await service.start())
         assert await _query(target, "SELECT current_database()") == ["helixflow"]
         await service.stop(20)

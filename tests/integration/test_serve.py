@@ -28,10 +28,10 @@ Start = Callable[..., "Served"]
 class Served:
     """One `helixflow serve` in a session of its own."""
 
-    def __init__(self, environ: dict[str, str], *arguments: str, stderr: Any) -> None:
+    def __init__(self, environ: dict[str, str], *arguments: str, stderr: Any, launcher: tuple[str, ...] = ()) -> None:
         self.url = ""
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "helixflow", "serve", *arguments],
+            [sys.executable, "-m", *launcher, "helixflow", "serve", *arguments],
             env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -261,7 +261,8 @@ FAILING = """
 import functools, pathlib, sys
 
 mark = pathlib.Path(__file__).with_name("fails")
-if sys.orig_argv[-1] == "pool" and mark.exists():
+launching = "helixflow.confine.launch" in sys.orig_argv
+if sys.orig_argv[-1] == "pool" and not launching and mark.exists():
     from helixflow.engine.scripted import ScriptedEngine
 
     mark.unlink()
@@ -276,6 +277,7 @@ def test_a_pool_whose_engine_fails_is_started_again(serve: Start, certs: Path, t
     patch.mkdir()
     (patch / "sitecustomize.py").write_text(FAILING, "utf-8")
     (patch / "fails").touch()
+    patch.chmod(0o777)  # the pool may run under another account
     served = serve(PYTHONPATH=str(patch), HELIX_POOL_SCRIPT_STEP_MS="4").until_ready()
     body = {**CHAT, "max_tokens": 4000}
     with (
