@@ -49,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         die_with_starter()
-        write_stacks_at_the_end()
         status: int = options.run(options)
     except HelixError as error:
         print(f"helixflow: {error}", file=sys.stderr)
@@ -124,6 +123,7 @@ def _run(options: argparse.Namespace, name: str, service: Callable[[Config], int
 
     config = _load(options)
     log.setup(config.log, name)
+    write_stacks_at_the_end()
     if name == "supervisor":
         kernel.forbid_core_dumps()  # what it starts gives up more; it gives accounts and folders to them before
     else:

@@ -50,11 +50,16 @@ def options(service: str, config: Config) -> dict[str, str]:
     }
     for section in PARTS[service]:
         for field in dataclasses.fields(SECTIONS[section]):
-            if not field.metadata.get("secret"):
+            if not is_secret(field):
                 given |= _option(config, section, field.name)
     for section, name in (*SINGLE.get(service, ()), *SECRETS.get(service, ())):
         given |= _option(config, section, name)
     return given
+
+
+def is_secret(field: Any) -> bool:
+    """Whether an option is a secret: one that says so, or whose value shows itself to nobody."""
+    return bool(field.metadata.get("secret")) or hasattr(field.default, "reveal")
 
 
 def _option(config: Config, section: str, name: str) -> dict[str, str]:
@@ -66,6 +71,8 @@ def _option(config: Config, section: str, name: str) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
+    if hasattr(value, "reveal"):
+        return str(value.reveal())
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

@@ -87,10 +87,11 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
     from helixflow.confine.harden import harden
     from helixflow.db.embedded import Embedded
     from helixflow.errors import EX_SOFTWARE
-    from helixflow.liveness import Pulse
+    from helixflow.liveness import Pulse, write_stacks_at_the_end
     from helixflow.process import READY_FD, notify_ready
 
     harden()
+    write_stacks_at_the_end()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
