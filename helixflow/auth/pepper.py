@@ -83,9 +83,49 @@ async def open_pepper(connection: Any, path: Path) -> Pepper:
 
 
 _LOST = (
-    " If it is lost for good, every API key and session is: `UPDATE helixflow.meta SET pepper_check = NULL` lets the "
-    "next start go on without them"
+    " If it is lost for good, so are every API key and session: stop the auth-service and run `helixflow db "
+    "forget-pepper --revoke-all-keys`; the next start goes on with a new one"
 )
+
+
+async def forget(connection: Any, path: Path) -> tuple[int, int]:
+    """Gives a lost pepper up, in a transaction: the next start makes another. Returns how many keys and sessions end.
+
+    What was made with the lost one never works again; so that no list shows it as if it did, it is revoked. Raises
+    PepperError while the pepper is not lost: its file is there, or an auth-service runs that has it.
+    """
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
+    known: bytes | None = await connection.fetchval("SELECT pepper_check FROM helixflow.meta")
+    if known is None:
+        raise PepperError("this database has no pepper to forget: the next start makes one")
+    try:
+        there = _read(path)
+    except PepperError as error:
+        raise PepperError(f"{error}. When there is no copy, move it out of the way first") from None
+    if there is not None and hmac.compare_digest(known, there.check()):
+        raise PepperError(f"{path} (auth.pepper) is the pepper of this database: nothing is lost")
+    if await connection.fetchval(_USED):
+        raise PepperError("an auth-service is connected to this database and has the pepper still: stop it first")
+    await connection.execute("UPDATE helixflow.meta SET pepper_check = NULL")
+    keys: int = await connection.fetchval(_REVOKE_KEYS)
+    sessions: int = await connection.fetchval(_END_SESSIONS)
+    return keys, sessions
+
+
+_USED = """
+SELECT EXISTS (
+    SELECT FROM pg_stat_activity
+    WHERE datname = current_database() AND application_name LIKE 'helixflow auth-service%'
+)
+"""
+_REVOKE_KEYS = """
+WITH ended AS (UPDATE helixflow.api_keys SET revoked_at = now() WHERE revoked_at IS NULL RETURNING 1)
+SELECT count(*) FROM ended
+"""
+_END_SESSIONS = """
+WITH ended AS (UPDATE helixflow.sessions SET revoked_at = now() WHERE revoked_at IS NULL RETURNING 1)
+SELECT count(*) FROM ended
+"""
 
 
 def _read(path: Path) -> Pepper | None:

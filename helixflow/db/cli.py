@@ -48,6 +48,15 @@ def add_parser(subparsers: Any) -> None:
         commands, "backup", _backup, "write all data into a new file", "Write one consistent state into a new file."
     )
     backup.add_argument("file", metavar="FILE", type=Path, help="the tar file to make")
+    forget = _command(
+        commands,
+        "forget-pepper",
+        _forget_pepper,
+        "go on without a pepper that is lost for good",
+        "Go on without a pepper (auth.pepper) that is lost for good: the next start of the auth-service makes one. "
+        "Every API key is revoked and every session ended, which nothing could use any more.",
+    )
+    forget.add_argument("--revoke-all-keys", action="store_true", required=True, help="yes, all of them")
     restore = _command(
         commands,
         "restore",
@@ -70,12 +79,20 @@ def _start(options: argparse.Namespace) -> int:
 
     from helixflow import log
     from helixflow.config import load
+    from helixflow.errors import HelixError
 
     if options.config:
         os.environ["HELIX_CONFIG"] = options.config
     config = load()
     log.setup(config.log, "database")
-    status: int = asyncio.run(options.action(config, options))
+    try:
+        status: int = asyncio.run(options.action(config, options))
+    except HelixError as error:
+        if options.action is not _run or log.is_console(config.log):
+            raise
+        # Of a service, every line of the log is one that programs can read.
+        log.get("database").error("cannot start", error=str(error))
+        return error.exit_status
     return status
 
 
@@ -86,6 +103,7 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
     from helixflow import log
     from helixflow.confine.harden import harden
     from helixflow.db.embedded import Embedded
+    from helixflow.disk import Room
     from helixflow.errors import EX_SOFTWARE
     from helixflow.liveness import Pulse, write_stacks_at_the_end
     from helixflow.process import READY_FD, notify_ready
@@ -98,6 +116,7 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     server = Embedded(config.database.directory, user=config.database.user, client=config.database.client)
     beating = asyncio.create_task(Pulse().run())
+    room = asyncio.create_task(Room(server.directory, config.supervise.disk_warn_bytes).run())
     dsn = await server.start()
     try:
         if READY_FD in os.environ:
@@ -116,6 +135,7 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
     finally:
         await server.stop()
         beating.cancel()
+        room.cancel()
     return EX_SOFTWARE if failed else 0
 
 
@@ -229,6 +249,16 @@ async def _backup(config: "Config", options: argparse.Namespace) -> int:
         manifest = await backup.backup(connection, options.file)
     rows = sum(table["rows"] for table in manifest["tables"])
     print(f"{options.file}: {rows} rows of {len(manifest['tables'])} tables, schema {_schema(manifest)}")
+    return 0
+
+
+async def _forget_pepper(config: "Config", _options: argparse.Namespace) -> int:
+    from helixflow.auth.pepper import forget
+
+    async with _connection(config) as (target, connection), connection.transaction():
+        keys, sessions = await forget(connection, config.auth.pepper)
+    print(f"{target}: the pepper is forgotten, {keys} keys are revoked, {sessions} sessions ended")
+    print("next: start the auth-service, then issue keys; `audit verify` can check nothing from before")
     return 0
 
 

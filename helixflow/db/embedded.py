@@ -149,9 +149,13 @@ class Embedded:
         account = Account.find(self._user)
         self._client = Client.find(self._client_name)
         make_directory(self.directory, account)
-        self._owner = owner_lock(self.directory)
         try:
+            self._owner = owner_lock(self.directory)
             await self._start(account, timeout_s)
+        except OSError as error:
+            await self.stop()
+            where = error.filename or self.directory
+            raise EmbeddedError(f"the embedded PostgreSQL cannot start: {where}: {error.strerror or error}") from error
         except BaseException:
             await self.stop()
             raise

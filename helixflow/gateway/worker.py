@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import uvloop
@@ -77,6 +79,16 @@ class Listener(Server):
             ssl_cert=None if options.plain_http else files.cert,
             ssl_key=None if options.plain_http else files.key,
         )
+
+    def build_ssl_context(self, cert: Path | None, key: Path | None, *options: Any) -> None:
+        """As Granian's own, for what a worker keeps in memory: a file there has no path of its own to resolve."""
+        if cert is None or key is None or not cert.is_relative_to("/proc/self/fd"):
+            super().build_ssl_context(cert, key, *options)
+            return
+        password, protocol, *_clients = options
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password)
+        # The stub knows only how it is set without TLS.
+        self.ssl_ctx = (True, str(cert), str(key), password, str(protocol), None, [], False)  # type: ignore[assignment]
 
     def _init_shared_socket(self) -> None:
         self._number = self._listener.detach()

@@ -7,15 +7,17 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from helixflow import log
 from helixflow.config import Config
+from helixflow.disk import Room
 from helixflow.errors import EX_SOFTWARE
 from helixflow.gateway import worker
-from helixflow.gateway.certificates import GatewayFiles
+from helixflow.gateway.certificates import GatewayFiles, use_kept
 from helixflow.gateway.services import DRAIN_S
 from helixflow.liveness import (
     DUMP_S,
@@ -101,6 +103,7 @@ class Workers:
         self._on_ready: Callable[[], None] | None = on_ready
         self._files = GatewayFiles.of(config)
         self._pulse = Pulse()
+        self._room = Room(config.ledger.spool, config.supervise.disk_warn_bytes)
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
         self._current: list[Child] = []
@@ -110,6 +113,7 @@ class Workers:
         self._backoff = BACKOFF_S[0]
         self._swap_again = False
         self._stamp = self._seen = self._files.stamp()
+        self._good = self._files.contents()
         self._has_crl = self._files.layout.crl.exists()
         self._watch_at = time.monotonic() + WATCH_S
         self._look_at = time.monotonic() + LOOK_S
@@ -207,6 +211,7 @@ class Workers:
         if now >= self._look_at:
             self._look_at = now + min(LOOK_S, self._pulse.interval_s)
             self._pulse.beat()
+            self._room.look()
             for child in self._children:
                 child.look(now)
         if now >= self._watch_at:
@@ -214,8 +219,7 @@ class Workers:
             self._watch()
         if self._respawn_at is not None and now >= self._respawn_at:
             self._respawn_at = None
-            missing = self._config.gateway.workers - len(self._current)
-            self._current += [self._spawn() for _ in range(0 if self._draining else missing)]
+            self._respawn()
         if self._cut_at is not None and now >= self._cut_at:
             self._cut()
         if self._kill_at is not None and now >= self._kill_at:
@@ -231,11 +235,25 @@ class Workers:
 
     # --- workers --------------------------------------------------------------
 
-    def _spawn(self) -> Child:
+    def _respawn(self) -> None:
+        """Replaces workers that died. With certificates in memory when the files are gone, or wrong by now."""
+        if self._draining:
+            return
+        kept: dict[Path, bytes] = {}
+        try:
+            self._files.verify(had_crl=self._has_crl)
+        except PkiError as error:
+            kept = self._good
+            logger.error("certificates cannot be used; a new worker takes those in memory", error=str(error))
+        missing = self._config.gateway.workers - len(self._current)
+        self._current += [self._spawn(kept) for _ in range(missing)]
+
+    def _spawn(self, kept: Mapping[Path, bytes] | None = None) -> Child:
+        """`kept`: contents of certificate files that it shall read instead of the files."""
         mine, theirs = socket.socketpair()
         stacks = Stacks()
         process = multiprocessing.get_context("fork").Process(
-            target=self._become_worker, args=(theirs, stacks, os.getpid()), name="gateway-worker"
+            target=self._become_worker, args=(theirs, stacks, os.getpid(), kept or {}), name="gateway-worker"
         )
         # A signal between fork and the worker's own setting would reach the main process twice.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -250,8 +268,9 @@ class Workers:
         self._selector.register(process.sentinel, selectors.EVENT_READ, lambda: self._on_exit(child))
         return child
 
-    def _become_worker(self, control: socket.socket, stacks: Stacks, parent: int) -> None:
+    def _become_worker(self, control: socket.socket, stacks: Stacks, parent: int, kept: Mapping[Path, bytes]) -> None:
         """Runs in the new process: lets go of what belongs to the main process."""
+        use_kept(kept)
         write_stacks_at_the_end(stacks.fileno())
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
@@ -315,6 +334,7 @@ class Workers:
             logger.error("new certificates refused; the old ones stay in use", why=why, error=str(error))
             return
         self._has_crl = self._files.layout.crl.exists()
+        self._good = self._files.contents()
         logger.info("loading new certificates", why=why)
         self._next = [self._spawn() for _ in range(self._config.gateway.workers)]
 

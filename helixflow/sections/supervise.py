@@ -20,6 +20,11 @@ class SuperviseConfig:
     first_uid: int = option(
         60601, "first of the numbers for services that have no account", check=between(1000, 2_000_000_000)
     )
+    disk_warn_bytes: int = option(
+        1 << 30,
+        "warn when less is free on the disk of the spool or of the embedded database; 0: never (bytes)",
+        check=between(0, 1 << 50),
+    )
     stall_timeout_s: float = option(
         6.0,
         "a service, or a gateway's worker, whose loop stood still this long (seconds) is ended and replaced; 0: never",

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from helixflow.auth.errors import PepperError
-from helixflow.auth.pepper import Pepper, open_pepper
+from helixflow.auth.pepper import Pepper, forget, open_pepper
 from helixflow.config import DatabaseConfig
 from helixflow.db.pool import Pool
-from helixflow.db.target import Target
+from helixflow.db.target import Target, connect
 from helixflow.pki.layout import Layout
 
 from .support import run, world
@@ -105,6 +105,66 @@ def test_a_file_that_others_may_read_is_refused(target: Target, tmp_path: Path) 
 def test_a_place_that_cannot_be_written_is_refused(target: Target, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "cannot be used" in failure(target, tmp_path / "file" / "pepper")
+
+
+async def _forget(target: Target, path: Path) -> tuple[int, int]:
+    connection = await connect(target, application_name="helixflow db")
+    try:
+        async with connection.transaction():
+            return await forget(connection, path)
+    finally:
+        await connection.close()
+
+
+KEY = """
+WITH o AS (INSERT INTO helixflow.organisations (name) VALUES ('o') RETURNING id),
+u AS (INSERT INTO helixflow.users (organisation_id, email, role) SELECT id, 'a@b', 'owner' FROM o RETURNING id),
+s AS (INSERT INTO helixflow.sessions (user_id, method, address, expires_at)
+    SELECT id, 'password', '127.0.0.1', '2999-01-01' FROM u)
+INSERT INTO helixflow.api_keys (user_id, digest, prefix, name) SELECT id, sha256('x'), 'hf-x', 'ci' FROM u
+"""
+
+
+def test_a_lost_pepper_is_given_up_by_a_command(each: Target, tmp_path: Path) -> None:
+    path = tmp_path / "pepper"
+    start(each, path)
+    lost = path.read_bytes()
+
+    async def issue() -> None:
+        connection = await connect(each)
+        await connection.execute(KEY)
+        await connection.close()
+
+    asyncio.run(issue())
+    with pytest.raises(PepperError, match="nothing is lost"):
+        asyncio.run(_forget(each, path))
+    path.write_bytes(b"short")
+    with pytest.raises(PepperError, match="move it out of the way first"):
+        asyncio.run(_forget(each, path))
+    path.unlink()
+    assert "helixflow db forget-pepper --revoke-all-keys" in failure(each, path)
+    assert asyncio.run(_forget(each, path)) == (1, 1)
+    with pytest.raises(PepperError, match="no pepper to forget"):
+        asyncio.run(_forget(each, path))
+    again = start(each, path)[0]
+    assert isinstance(again, Pepper)
+    assert path.read_bytes() != lost
+
+
+def test_a_pepper_that_a_service_still_has_is_not_given_up(each: Target, tmp_path: Path) -> None:
+    path = tmp_path / "pepper"
+    start(each, path)
+    path.unlink()
+
+    async def attempt() -> None:
+        pool = await Pool.open(DatabaseConfig(), each, name="helixflow auth-service")
+        try:
+            with pytest.raises(PepperError, match="stop it first"):
+                await _forget(each, path)
+        finally:
+            await pool.close()
+
+    asyncio.run(attempt())
 
 
 def test_derived_keys_differ_by_purpose_and_secret() -> None:

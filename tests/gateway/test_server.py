@@ -288,6 +288,30 @@ def test_a_worker_that_dies_is_replaced(start: Callable[..., Gateway]) -> None:
     assert gateway.logged("worker died")()
 
 
+@pytest.mark.parametrize("damage", ["gone", "wrong"])
+def test_without_certificate_files_a_new_worker_has_those_in_memory(start: Callable[..., Gateway], damage: str) -> None:
+    """Not a listener that nobody answers on. When the files are back they are used."""
+    gateway = start()
+    directory, before = gateway.layout.directory, gateway.serial()
+    context = ssl.create_default_context(cafile=str(gateway.layout.ca_cert))
+    key = gateway.layout.pair("api-gateway", Role.SERVER).key
+    if damage == "gone":
+        away = directory.rename(directory.with_name("away"))
+    else:
+        away = key.rename(key.with_name("away"))
+        key.write_text("no key", "ascii")
+    (number,) = gateway.workers()
+    os.kill(number, signal.SIGKILL)
+    with httpx.Client(base_url=gateway.url, verify=context, headers=KEY, timeout=20) as client:
+        assert client.get("/health").status_code == 200
+    assert gateway.workers() != [number]
+    assert gateway.logged("certificates cannot be used; a new worker takes those in memory")()
+    away.rename(directory if damage == "gone" else key)
+    assert gateway.serial() == before
+    rotate.renew(gateway.layout, ["api-gateway"])
+    until(lambda: gateway.serial() != before)
+
+
 def test_no_orphan_after_kill_9(start: Callable[..., Gateway]) -> None:
     gateway = start(HELIX_GATEWAY_WORKERS="2")
     workers = gateway.workers()
