@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from helixflow.engine.kinds import BACKENDS, precisions
 from helixflow.errors import ConfigError, HelixError
@@ -205,6 +206,7 @@ def _cross_check(config: Config) -> list[str]:
     problems += _engine_problems(config.pool)
     problems += _oidc_problems(config.auth)
     problems += _database_problems(config.database)
+    problems += _redis_problems(config.limits.redis_url)
     if config.supervise.backoff_min_s > config.supervise.backoff_max_s:
         problems.append("supervise.backoff_min_s: must not be larger than supervise.backoff_max_s")
     return problems
@@ -235,6 +237,23 @@ def _oidc_problems(auth: AuthConfig) -> list[str]:
     if not auth.oidc_issuer.startswith("https://"):
         problems.append(f"auth.oidc_issuer: {auth.oidc_issuer} must be an https:// URL")
     return problems
+
+
+def _redis_problems(url: str) -> list[str]:
+    """The words of an error never repeat the URL, which holds a password."""
+    if not url:
+        return []
+    from redis.connection import parse_url  # noqa: PLC0415 - only a URL needs it
+
+    try:
+        parts = parse_url(url)  # type: ignore[no-untyped-call]
+        number = urlsplit(url).path.strip("/")
+    except ValueError:
+        parts, number = {}, ""
+    served = parts.get("host") and 0 < parts.get("port", 6379) < 65536 and (not number or number.isdecimal())
+    if parts.get("path") or served:
+        return []
+    return ["limits.redis_url: write redis://host:port, rediss://user:password@host:port or unix:///path"]
 
 
 def _database_problems(database: DatabaseConfig) -> list[str]:

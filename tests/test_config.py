@@ -262,3 +262,28 @@ def test_a_model_must_be_there_where_it_is_served(tmp_path: Path) -> None:
     loaded = config.load(environ={"HELIX_MODEL": str(tmp_path / "nope")})
     with pytest.raises(ConfigError, match="nope is not a directory"):
         config.model_of(loaded)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://127.0.0.1:6379/0", "rediss://:word@redis.example.com", "unix:///run/redis.sock", "redis://[::1]:1"]
+)
+def test_a_redis_url_is_taken(url: str) -> None:
+    config.load(None, {"HELIX_REDIS_URL": url})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1",
+        "redis://:s3cret@host:port",
+        "redis://",
+        "127.0.0.1:6379",
+        "unix://",
+        "redis://a:99999",
+        "redis://a/x",
+    ],
+)
+def test_a_wrong_redis_url_is_named_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"limits\.redis_url: write redis://") as caught:
+        config.load(None, {"HELIX_REDIS_URL": url})
+    assert "s3cret" not in str(caught.value)
