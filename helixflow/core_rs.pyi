@@ -108,8 +108,29 @@ class Prompt:
     def tokens(ids: list[int]) -> Prompt: ...
 
 @final
+class Owner:
+    """For whom a request runs. Identifiers have 16 bytes, or none: nobody in particular.
+
+    `prefixes`: who may start from what the request leaves in the caches, and whose leavings it may use.
+    `organisation`, `key`: whose share of the engine it takes, and how large these are beside others.
+    """
+
+    def __new__(
+        cls,
+        *,
+        prefixes: bytes,
+        organisation: bytes,
+        key: bytes,
+        organisation_weight: float = 1.0,
+        key_weight: float = 1.0,
+    ) -> Owner: ...
+
+@final
 class GenerateRequest:
-    """A request as the pool understands it. Values were validated by the caller."""
+    """A request as the pool understands it. Values were validated by the caller.
+
+    One without an owner runs for a stranger, who shares no prefix with anybody.
+    """
 
     def __new__(
         cls,
@@ -133,6 +154,7 @@ class GenerateRequest:
         echo: bool = False,
         ignore_eos: bool = False,
         timeout_ms: int = 0,
+        owner: Owner | None = None,
     ) -> GenerateRequest: ...
 
 @final
@@ -477,6 +499,7 @@ class PoolOptions:
         stall_timeout_ms: int = 60_000,
         default_timeout_ms: int = 120_000,
         prefix_reuse: bool = True,
+        shared_prefixes: list[str] = ...,
     ) -> PoolOptions: ...
 
 @final

@@ -29,6 +29,7 @@ fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(text::encode, module)?)?;
     module.add_class::<tls::TlsFiles>()?;
     module.add_class::<client::request::Prompt>()?;
+    module.add_class::<client::request::Owner>()?;
     module.add_class::<client::request::GenerateRequest>()?;
     module.add_class::<client::info::Usage>()?;
     module.add_class::<client::info::ModelInfo>()?;

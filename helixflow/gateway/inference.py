@@ -14,6 +14,7 @@ from helixflow.gateway.accounting import Accountant, Admission
 from helixflow.gateway.bridge import Bridge, Running
 from helixflow.gateway.errors import final_event
 from helixflow.gateway.http import ClientGone, Request
+from helixflow.gateway.owners import Owners
 from helixflow.refusals import refusal
 
 KEEP_ALIVE = b": keep-alive\n"
@@ -54,6 +55,7 @@ class Inference:
         self._accountant = accountant
         self._timeout_ms = options.request_timeout_ms
         self._keep_alive_s = options.keepalive_s
+        self._owners = Owners(options)
         self._strict = options.strict_parameters
 
     async def chat(self, request: Request) -> None:
@@ -169,6 +171,7 @@ class Inference:
             "request_id": request.id,
             "model": body.model,
             "timeout_ms": self._timeout(request),
+            "owner": self._owners.of(request.caller),
         }
         for name in _OPTIONAL:
             value = getattr(body, name)

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from enum import Enum, auto
+from pathlib import Path
 from types import FrameType
 from typing import cast
 
@@ -177,8 +178,17 @@ def _pool(config: Config) -> core_rs.Pool:
             stall_timeout_ms=options.stall_timeout_ms,
             default_timeout_ms=options.default_timeout_ms,
             prefix_reuse=options.prefix_reuse,
+            shared_prefixes=[_text(file) for file in options.shared_prefixes],
         ),
     )
+
+
+def _text(file: Path) -> str:
+    """A declared prefix. Raises StartError."""
+    try:
+        return file.read_text("utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"pool.shared_prefixes: {file} cannot be read: {error}; name a text file in UTF-8") from error
 
 
 def _engine(config: Config) -> Engine:

@@ -1,11 +1,39 @@
 """Section `[gateway]`: the HTTPS endpoint."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from helixflow.options import Address, between, option
+from helixflow.options import Address, between, one_of, option
 
 DEFAULT_POOLS = (Address("127.0.0.1", 8501),)
+LEAST_WEIGHT, MOST_WEIGHT = 0.01, 100.0
 DEFAULT_AUTH = (Address("127.0.0.1", 8502),)
+
+
+def weights(entries: tuple[str, ...]) -> Mapping[str, float]:
+    """Reads entries `NAME=WEIGHT`. Raises ValueError."""
+    found = {}
+    for entry in entries:
+        name, _, value = entry.rpartition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = 0.0
+        if not name.strip() or not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+            raise ValueError(
+                f"{entry!r} is not a weight: write NAME=WEIGHT, for example acme=3, with a weight from "
+                f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
+            )
+        found[name.strip()] = weight
+    return found
+
+
+def _check_weights(entries: tuple[str, ...]) -> str | None:
+    try:
+        weights(entries)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +67,18 @@ class GatewayConfig:
         86_400.0, "known keys go on this long without an auth-service (seconds)", check=between(0, 604_800)
     )
     key_cache_size: int = option(100_000, "credentials a worker remembers", check=between(100, 10_000_000))
+    prefix_scope: str = option(
+        "organisation",
+        "who may start from each other's prompts in the caches: requests of an organisation, of a user, or of a key; "
+        "never more",
+        check=one_of("organisation", "user", "key"),
+    )
+    weights: tuple[str, ...] = option(
+        (),
+        "shares of a busy engine beside others' 1: NAME=WEIGHT, where NAME is an organisation's name or id, or a key's "
+        "id",
+        check=_check_weights,
+    )
     cors_origins: tuple[str, ...] = option((), "origins that browsers may call from; empty: CORS is off")
     strict_parameters: bool = option(
         False, "refuse request parameters that nobody knows; otherwise they are ignored and named in the answer"

@@ -53,6 +53,11 @@ class PoolConfig:
     queue_requests: int = option(1024, "most sequences that wait", check=between(1, 1 << 20))
     queue_tokens: int = option(1 << 20, "most prompt tokens that wait", check=between(1, 1 << 30))
     prefix_reuse: bool = option(True, "start a request from the longest prefix any slot holds")
+    shared_prefixes: tuple[Path, ...] = option(
+        (),
+        "text files, each a system prompt or the beginning of prompts that everybody may know: all organisations start "
+        "from one copy in the caches",
+    )
     stall_timeout_ms: int = option(60_000, "a reader may stall this long (milliseconds)", check=between(10, 86_400_000))
     default_timeout_ms: int = option(
         120_000, "deadline to the first step when a call brings none (milliseconds)", check=between(1, 86_400_000)

@@ -52,6 +52,31 @@ impl Prompt {
     }
 }
 
+/// For whom a request runs. Identifiers have 16 bytes, or none.
+#[pyclass(frozen, module = "helixflow.core_rs")]
+pub(crate) struct Owner(v1::Owner);
+
+#[pymethods]
+impl Owner {
+    #[new]
+    #[pyo3(signature = (*, prefixes, organisation, key, organisation_weight=1.0, key_weight=1.0))]
+    fn new(
+        prefixes: Vec<u8>,
+        organisation: Vec<u8>,
+        key: Vec<u8>,
+        organisation_weight: f64,
+        key_weight: f64,
+    ) -> Self {
+        Self(v1::Owner {
+            prefixes,
+            organisation,
+            key,
+            organisation_weight,
+            key_weight,
+        })
+    }
+}
+
 /// A request as the pool understands it. Values were validated by the caller.
 #[pyclass(frozen, module = "helixflow.core_rs")]
 pub(crate) struct GenerateRequest(pub(super) v1::GenerateRequest);
@@ -62,7 +87,7 @@ impl GenerateRequest {
     #[pyo3(signature = (
         *, request_id, model, prompts, n=1, max_tokens=None, stop=Vec::new(), temperature=1.0, top_p=1.0, top_k=0,
         min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, seed=None,
-        logit_bias=Vec::new(), logprobs=None, echo=false, ignore_eos=false, timeout_ms=0
+        logit_bias=Vec::new(), logprobs=None, echo=false, ignore_eos=false, timeout_ms=0, owner=None
     ))]
     #[allow(
         clippy::too_many_arguments,
@@ -89,6 +114,7 @@ impl GenerateRequest {
         echo: bool,
         ignore_eos: bool,
         timeout_ms: u64,
+        owner: Option<&Owner>,
     ) -> Self {
         let sampling = v1::Sampling {
             temperature,
@@ -120,6 +146,7 @@ impl GenerateRequest {
             ignore_eos,
             timeout_ms,
             stream: false,
+            owner: owner.map(|owner| owner.0.clone()),
         })
     }
 }

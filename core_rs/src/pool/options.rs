@@ -14,7 +14,7 @@ impl PoolOptions {
     #[new]
     #[pyo3(signature = (
         *, model_id, aliases=Vec::new(), created=0, queue_requests=1024, queue_tokens=1_048_576, step_tokens=512,
-        stream_frames=64, stall_timeout_ms=60_000, default_timeout_ms=120_000, prefix_reuse=true
+        stream_frames=64, stall_timeout_ms=60_000, default_timeout_ms=120_000, prefix_reuse=true, shared_prefixes=Vec::new()
     ))]
     #[allow(clippy::too_many_arguments)] // keyword arguments in Python
     fn new(
@@ -28,6 +28,7 @@ impl PoolOptions {
         stall_timeout_ms: u64,
         default_timeout_ms: u64,
         prefix_reuse: bool,
+        shared_prefixes: Vec<String>,
     ) -> Self {
         Self(Options {
             aliases,
@@ -39,6 +40,7 @@ impl PoolOptions {
             stall_timeout: Duration::from_millis(stall_timeout_ms),
             default_timeout: Duration::from_millis(default_timeout_ms),
             prefix_reuse,
+            shared_prefixes,
             ..Options::new(model_id)
         })
     }

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `service` | the gRPC methods: checks, tokenises and admits a request, or refuses it with a status |
 //! | `request` | what a checked request is |
+//! | `owner` | for whom it runs, and what of its prompts is no secret |
 //! | `inbox` | the door to the engine thread: a bounded queue of commands |
 //! | `engine_loop` | the engine thread: schedule, step, sample, commit, deliver |
 //! | `running`, `sequence` | one request in work, and one of its choices |
@@ -24,6 +25,7 @@ mod engine_loop;
 mod inbox;
 mod options;
 mod outbox;
+mod owner;
 mod pool;
 mod request;
 mod running;

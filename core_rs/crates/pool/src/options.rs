@@ -25,6 +25,8 @@ pub struct Options {
     pub default_timeout: Duration,
     /// Whether a sequence may start from a prefix that some slot already holds.
     pub prefix_reuse: bool,
+    /// Texts that requests of different owners may share as beginnings of their prompts; others they do not.
+    pub shared_prefixes: Vec<String>,
     /// Largest request message, encoded.
     pub max_message_bytes: usize,
 }
@@ -43,6 +45,7 @@ impl Options {
             stall_timeout: Duration::from_secs(60),
             default_timeout: Duration::from_secs(120),
             prefix_reuse: true,
+            shared_prefixes: Vec::new(),
             max_message_bytes: 16 << 20,
         }
     }

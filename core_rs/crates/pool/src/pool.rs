@@ -16,6 +16,7 @@ use crate::engine::{RunError, StepEngine};
 use crate::engine_loop::{EngineLoop, instant, ticks};
 use crate::inbox::{Inbox, Phase};
 use crate::options::Options;
+use crate::owner::SharedPrefixes;
 use crate::service::Service;
 
 /// Threads that may tokenise long prompts at a time.
@@ -65,6 +66,7 @@ pub(crate) struct Shared {
     pub(crate) text: TextModel,
     pub(crate) options: Options,
     pub(crate) inbox: Inbox,
+    pub(crate) public: SharedPrefixes,
     /// Bytes of the longest token.
     pub(crate) longest_token: usize,
     pub(crate) tokenisers: Arc<Semaphore>,
@@ -105,6 +107,7 @@ impl Pool {
             ..PoolState::default()
         };
         let shared = Shared {
+            public: SharedPrefixes::new(&text, &options.shared_prefixes),
             text,
             inbox: Inbox::new(options.queue_requests.max(1), options.queue_tokens),
             options,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use helix_sample::Params;
-use helix_sched::SeqId;
+use helix_sched::{Scope, SeqId};
 use helix_text::StopMatcher;
 use helix_wire::error::{Code, CoreError};
 use helix_wire::v1::{self, input::Kind};
@@ -36,6 +36,8 @@ pub(crate) struct Prompt {
     pub(crate) ids: Arc<[u32]>,
     /// Tokens to generate at most.
     pub(crate) max_new: u32,
+    /// Leading tokens that are no secret of the caller.
+    pub(crate) shared: usize,
     /// The text to echo.
     pub(crate) echo: Option<String>,
 }
@@ -46,6 +48,8 @@ pub(crate) struct Job {
     pub(crate) arrival: Instant,
     /// When waiting stops making sense.
     pub(crate) deadline: Instant,
+    /// Who may start from its prompts.
+    pub(crate) scope: Scope,
     pub(crate) prompts: Vec<Prompt>,
     pub(crate) wishes: Wishes,
     pub(crate) outbox: Arc<Outbox>,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use helix_sample::SampleError;
-use helix_sched::{Item, NewSequence, Started};
+use helix_sched::{Item, NewSequence, Scope, Started};
 use helix_text::TextModel;
 use helix_wire::error::CoreError;
 use helix_wire::v1::{FinishReason, Finished, Usage};
@@ -22,6 +22,7 @@ enum Choice {
 pub(crate) struct Running {
     number: u64,
     arrival: Instant,
+    scope: Scope,
     prompts: Vec<Prompt>,
     wishes: Wishes,
     outbox: Arc<Outbox>,
@@ -51,6 +52,7 @@ impl Running {
         Self {
             number: job.number,
             arrival: job.arrival,
+            scope: job.scope,
             prompts: job.prompts,
             wishes: job.wishes,
             outbox: job.outbox,
@@ -77,6 +79,8 @@ impl Running {
                 max_new: prompt.max_new,
                 deadline: Some(deadline),
                 prompt_logits: self.wishes.prompt_logits(),
+                scope: self.scope,
+                shared: prompt.shared,
                 cost: prompt.ids.len() as u64 + u64::from(prompt.max_new),
             }
         };

@@ -20,6 +20,7 @@ use tracing::info;
 use crate::encode::{Encoded, encode_all};
 use crate::inbox::Command;
 use crate::outbox::Outbox;
+use crate::owner::scope;
 use crate::pool::Shared;
 use crate::request::{
     Job, MAX_ID_BYTES, Prompt, Wishes, check_input, check_model, grpc_timeout, known, room, timeout,
@@ -57,6 +58,8 @@ impl Service {
         let capacity = shared.inbox.capacity()?;
         check_model(&request.model, &shared.options)?;
         let wishes = Wishes::check(&request, capacity)?;
+        let number = shared.next_number();
+        let scope = scope(request.owner.as_ref(), number)?;
         let count = request.inputs.len();
         for (index, input) in request.inputs.iter().enumerate() {
             check_input(input, capacity, shared.longest_token)
@@ -92,11 +95,11 @@ impl Service {
             shared.options.stream_frames,
             request.stream,
         ));
-        let number = shared.next_number();
         let job = Job {
             number,
             arrival,
             deadline: arrival + timeout(request.timeout_ms, grpc, shared.options.default_timeout),
+            scope,
             prompts,
             wishes,
             outbox: Arc::clone(&outbox),
@@ -133,6 +136,7 @@ impl Service {
                 .unwrap_or_else(|| self.shared.text.decode(&input.ids))
         });
         Ok(Prompt {
+            shared: self.shared.public.of(&input.ids),
             ids: input.ids,
             max_new,
             echo,

@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use helix_sched::{Fcfs, Limits, NewSequence, Outcome, Scheduler};
+use helix_sched::{Fcfs, Limits, NewSequence, Outcome, Scheduler, Scope};
 
 fn main() {
     let limits = Limits {
@@ -24,6 +24,8 @@ fn main() {
         max_new: 8000,
         deadline: Some(u64::MAX),
         prompt_logits: false,
+        scope: Scope::Owner(0),
+        shared: 0,
         cost: 0,
     };
     for id in 0..1024 {

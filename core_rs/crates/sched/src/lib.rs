@@ -20,6 +20,10 @@
 //! slot remembers at most `max_len - 1` tokens, because an engine that decodes a contiguous range of
 //! slots may write one position just behind what an idle slot inside the range holds.
 //!
+//! Only sequences of the same [`Scope`] start from each other's tokens: how much of a prompt is found in a
+//! cache shows, in counts and in time, and would let strangers guess each other's prompts word by word. The
+//! exception are [`NewSequence::shared`] leading tokens, which are no secret: all of them or none.
+//!
 //! # Shares of a step
 //!
 //! A plan never holds more than `step_tokens` tokens. Decoding goes first, but while a prompt is to be
@@ -36,6 +40,6 @@ mod types;
 pub use queue::{Fcfs, Policy, Waiting, WaitingRequest};
 pub use scheduler::Scheduler;
 pub use types::{
-    CopyPrefix, Counts, Ended, Finish, Item, Limits, NewSequence, Outcome, Plan, Refusal, SeqId,
-    Started,
+    CopyPrefix, Counts, Ended, Finish, Item, Limits, NewSequence, Outcome, Plan, Refusal, Scope,
+    SeqId, Started,
 };

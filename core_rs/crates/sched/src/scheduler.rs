@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::queue::{Policy, Request, Waiting};
 use crate::slots::{Active, Slots};
 use crate::types::{
-    Counts, Ended, Finish, Item, Limits, NewSequence, Outcome, Plan, Refusal, SeqId, Started,
+    Counts, Ended, Finish, Item, Limits, NewSequence, Outcome, Plan, Refusal, Scope, SeqId, Started,
 };
 
 /// Decides which tokens of which sequences the engine computes next.
@@ -262,6 +262,11 @@ impl Scheduler {
         self.slots.get(slot).map_or(&[], |slot| &slot.cached)
     }
 
+    /// Who may start from what a slot holds; `None` for one that was never used.
+    pub fn scope(&self, slot: usize) -> Option<Scope> {
+        self.slots.get(slot).and_then(|slot| slot.scope)
+    }
+
     fn check(&self, sequence: &NewSequence) -> Result<(), Refusal> {
         let (id, prompt, max_len) = (sequence.id, sequence.prompt.len(), self.limits.max_len);
         if prompt == 0 {
@@ -369,7 +374,7 @@ impl Scheduler {
         } else {
             0
         };
-        let mut place = self.slots.find(&first.prompt, reuse)?;
+        let mut place = self.slots.find(first, reuse)?;
         if self.limits.prefix_reuse {
             place.save = self.slots.save(&place);
         }

@@ -1,6 +1,6 @@
 //! The slots of the engine: who is in them and what their caches hold.
 
-use crate::types::{CopyPrefix, NewSequence, SeqId};
+use crate::types::{CopyPrefix, NewSequence, Scope, SeqId};
 
 /// Tokens that a copy of an idle slot's content must save to be worth making.
 const WORTH_SAVING: usize = 8;
@@ -23,6 +23,8 @@ pub(crate) struct Slot {
     pub(crate) active: Option<Active>,
     /// Ids of the tokens at the positions that the cache is known to hold, from position 0.
     pub(crate) cached: Vec<u32>,
+    /// Who may start from what it holds.
+    pub(crate) scope: Option<Scope>,
     /// When what it holds was last in use, in sequences ended; 0 is never.
     last_used: u64,
 }
@@ -59,6 +61,21 @@ impl Slot {
             0
         } else {
             self.last_used
+        }
+    }
+
+    /// Tokens of the slot that a sequence may start from, `wanted` of its prompt at most.
+    fn offers(&self, new: &NewSequence, wanted: usize) -> usize {
+        let prompt = &new.prompt[..wanted.min(new.prompt.len())];
+        if self.scope == Some(new.scope) {
+            return common_prefix(prompt, &self.cached);
+        }
+        // Nothing behind the shared part is looked at: even that would take time that tells.
+        let shared = &new.prompt[..new.shared.min(new.prompt.len())];
+        if self.cached.starts_with(shared) {
+            shared.len().min(prompt.len())
+        } else {
+            0
         }
     }
 
@@ -112,12 +129,12 @@ impl Slots {
             .then_some(slot)
     }
 
-    /// Chooses a slot for a prompt, at most `reuse` tokens of which may come from a cache.
+    /// Chooses a slot for a sequence, at most `reuse` prompt tokens of which may come from a cache.
     ///
-    /// The longest prefix that any slot holds decides. It is used in place when its slot is free and
+    /// The longest prefix that any slot holds for it decides. It is used in place when its slot is free and
     /// taking it keeps the slots dense (it lies below the highest slot in use, or is the lowest free one);
     /// otherwise it is copied to the lowest free slot. Equal lengths prefer no copy, then the lower slot.
-    pub(crate) fn find(&self, prompt: &[u32], reuse: usize) -> Option<Place> {
+    pub(crate) fn find(&self, new: &NewSequence, reuse: usize) -> Option<Place> {
         let lowest = self.all.iter().position(|slot| slot.active.is_none())?;
         let dense = self
             .all
@@ -125,10 +142,9 @@ impl Slots {
             .rposition(|slot| slot.active.is_some())
             .unwrap_or(0)
             .max(lowest);
-        let wanted = &prompt[..reuse.min(prompt.len())];
         let (mut best, mut length, mut in_place) = (lowest, 0, true);
         for (index, slot) in self.all.iter().enumerate() {
-            let common = common_prefix(wanted, &slot.cached);
+            let common = slot.offers(new, reuse);
             let here = slot.active.is_none() && index <= dense;
             if common > length || (common == length && length > 0 && here && !in_place) {
                 (best, length, in_place) = (index, common, here);
@@ -185,11 +201,13 @@ impl Slots {
         if let Some(save) = place.save {
             self.all[save.dst].cached = std::mem::take(&mut self.all[save.src].cached);
             self.all[save.dst].last_used = self.all[save.src].last_used;
+            self.all[save.dst].scope = self.all[save.src].scope;
         }
         let slot = &mut self.all[place.slot];
         slot.cached.clear();
         slot.cached
             .extend_from_slice(&active.new.prompt[..place.cached]);
+        slot.scope = Some(active.new.scope);
         slot.active = Some(active);
         self.used += 1;
     }

@@ -5,6 +5,15 @@ use std::sync::Arc;
 /// Names one sequence; the caller chooses it and never reuses it while the sequence lives.
 pub type SeqId = u64;
 
+/// Names those who may learn from each other's caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// Everything of an owner; who that is (an organisation, a user, a key) is the caller's choice.
+    Owner(u128),
+    /// One request; the caller numbers them.
+    Request(u64),
+}
+
 /// What the scheduler may use. Zeros in `slots`, `max_len`, `step_tokens` or `queue_requests` count as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -35,6 +44,10 @@ pub struct NewSequence {
     pub deadline: Option<u64>,
     /// Whether the logits of every prompt position are wanted. Such a sequence reuses no prefix.
     pub prompt_logits: bool,
+    /// Whose prefixes it may start from, and who may start from its own: sequences of the same scope.
+    pub scope: Scope,
+    /// Leading prompt tokens that everybody may know. They may come from any slot that holds all of them.
+    pub shared: usize,
     /// What the sequence costs in the eyes of a [`crate::Policy`]; the scheduler itself ignores it.
     pub cost: u64,
 }

@@ -102,6 +102,7 @@ fn an_answer_that_is_held_has_a_limit() {
     let prompt = |max_new| Prompt {
         ids: vec![1; 8].into(),
         max_new,
+        shared: 0,
         echo: None,
     };
     // Two choices of 2^20 tokens, each with one alternative.

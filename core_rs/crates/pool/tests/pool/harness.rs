@@ -13,7 +13,7 @@ use helix_wire::error::CoreError;
 use helix_wire::server::{Listener, Server};
 use helix_wire::v1::inference_client::InferenceClient;
 use helix_wire::v1::{
-    GenerateFrame, GenerateRequest, Input, Sampling, TokenLogprob, Usage, input::Kind,
+    GenerateFrame, GenerateRequest, Input, Owner, Sampling, TokenLogprob, Usage, input::Kind,
 };
 use serde_json::{Value, json};
 use tonic::transport::Channel;
@@ -389,6 +389,15 @@ pub(crate) async fn collect(mut stream: Streaming<GenerateFrame>) -> Answer {
     answer
 }
 
+/// An organisation, by a number.
+pub(crate) fn owner(number: u128) -> Owner {
+    Owner {
+        prefixes: number.to_be_bytes().to_vec(),
+        organisation: number.to_be_bytes().to_vec(),
+        ..Owner::default()
+    }
+}
+
 /// Greedy, streaming, one choice.
 pub(crate) fn ask(prompt: &str, max_tokens: u32) -> GenerateRequest {
     GenerateRequest {
@@ -401,6 +410,7 @@ pub(crate) fn ask(prompt: &str, max_tokens: u32) -> GenerateRequest {
         max_tokens: Some(max_tokens),
         sampling: Some(greedy()),
         stream: true,
+        owner: Some(owner(1)),
         ..GenerateRequest::default()
     }
 }

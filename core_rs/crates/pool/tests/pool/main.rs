@@ -7,5 +7,6 @@ mod device;
 mod door;
 mod failures;
 mod harness;
+mod owners;
 mod readers;
 mod secure;

@@ -4,7 +4,7 @@
 mod flow;
 mod prefix;
 
-use helix_sched::{Ended, Fcfs, Limits, NewSequence, Outcome, Plan, Scheduler, SeqId};
+use helix_sched::{Ended, Fcfs, Limits, NewSequence, Outcome, Plan, Scheduler, Scope, SeqId};
 
 pub(crate) const LIMITS: Limits = Limits {
     slots: 4,
@@ -26,6 +26,8 @@ pub(crate) fn sequence(id: SeqId, prompt: &[u32], max_new: u32) -> NewSequence {
         max_new,
         deadline: None,
         prompt_logits: false,
+        scope: Scope::Owner(0),
+        shared: 0,
         cost: 0,
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use helix_sched::{CopyPrefix, NewSequence, Started};
+use helix_sched::{CopyPrefix, NewSequence, Scheduler, Scope, SeqId, Started};
 
 use crate::{LIMITS, ids, prompt, run_alone, scheduler, sequence, step};
 
@@ -229,4 +229,130 @@ fn a_failed_step_distrusts_the_slots_it_saved_to() {
     let saved = s.schedule().copies[0].dst;
     s.abort_step();
     assert!(s.remembered(saved).is_empty());
+}
+
+fn of(owner: u128, new: NewSequence) -> NewSequence {
+    NewSequence {
+        scope: Scope::Owner(owner),
+        ..new
+    }
+}
+
+/// What a caller can learn of one request: cached tokens, tokens computed, copies made.
+fn probe(s: &mut Scheduler, new: NewSequence) -> (usize, usize, usize) {
+    s.submit(vec![new]).unwrap();
+    let (mut cached, mut computed, mut copies) = (0, 0, 0);
+    while !s.is_idle() {
+        let plan = step(s);
+        cached += plan
+            .started
+            .iter()
+            .map(|started| started.cached)
+            .sum::<usize>();
+        computed += plan.tokens.len();
+        copies += plan.copies.len();
+    }
+    (cached, computed, copies)
+}
+
+/// A passphrase of four words of four tokens, each word one of eight, behind a public beginning.
+fn passphrase(words: [u32; 4]) -> Vec<u32> {
+    let mut tokens = prompt(9, 8);
+    for word in words {
+        tokens.extend((0..4).map(|at| 500 + 10 * word + at));
+    }
+    tokens
+}
+
+/// Guesses a passphrase word by word, as far as `cached` tells; somebody else's junk flushes in between.
+fn guess(victim: u128, attacker: u128, secret: [u32; 4]) -> ([u32; 4], bool) {
+    let mut s = scheduler(LIMITS);
+    let (mut known, mut told) = ([0; 4], false);
+    let mut id: SeqId = 0;
+    for position in 0..4 {
+        let mut seen = Vec::new();
+        for word in 0..8 {
+            for junk in 0..8 {
+                id += 1;
+                run_alone(
+                    &mut s,
+                    of(attacker, sequence(id, &prompt(100 + junk, 30), 1)),
+                );
+            }
+            run_alone(&mut s, of(victim, sequence(id + 1, &passphrase(secret), 2)));
+            id += 2;
+            let mut words = known;
+            words[position] = word;
+            let end = 8 + 4 * (position + 1);
+            let tried = &passphrase(words)[..end];
+            seen.push((probe(&mut s, of(attacker, sequence(id, tried, 1))), word));
+        }
+        told |= seen.iter().any(|(what, _)| *what != seen[0].0);
+        known[position] = seen.iter().max_by_key(|(what, _)| what.0).unwrap().1;
+    }
+    (known, told)
+}
+
+#[test]
+fn nobody_recovers_the_prompt_of_another_owner() {
+    let secrets = (0..10).map(|n| [n % 8, (3 * n + 1) % 8, (5 * n + 2) % 8, (n + 6) % 8]);
+    for secret in secrets {
+        assert_eq!(
+            guess(1, 1, secret),
+            (secret, true),
+            "the attack itself works: within an owner it finds every word"
+        );
+        let (_, told) = guess(1, 2, secret);
+        assert!(!told, "a right guess looks like a wrong one");
+    }
+}
+
+#[test]
+fn choices_of_one_request_share_whoever_they_belong_to() {
+    let mut s = scheduler(LIMITS);
+    let choice = |id| NewSequence {
+        scope: Scope::Request(5),
+        ..sequence(id, &prompt(1, 20), 8)
+    };
+    s.submit(vec![choice(1), choice(2)]).unwrap();
+    step(&mut s);
+    assert_eq!(step(&mut s).started[0].cached, 19);
+    let other = NewSequence {
+        scope: Scope::Request(6),
+        ..choice(3)
+    };
+    s.submit(vec![other]).unwrap();
+    assert_eq!(step(&mut s).started[0].cached, 0);
+}
+
+#[test]
+fn what_is_shared_comes_from_anybody_and_nothing_behind_it() {
+    let shared = |owner, id, tokens: &[u32]| NewSequence {
+        shared: 8,
+        ..of(owner, sequence(id, tokens, 1))
+    };
+    let mut s = scheduler(LIMITS);
+    run_alone(&mut s, of(1, sequence(1, &prompt(1, 20), 1)));
+    let (cached, computed, _) = probe(&mut s, shared(2, 2, &prompt(1, 20)));
+    assert_eq!((cached, computed), (8, 12));
+    let mut own = prompt(1, 7);
+    own.extend([77, 78, 79]);
+    let mut s = scheduler(LIMITS);
+    run_alone(&mut s, of(1, sequence(1, &own, 1)));
+    let (cached, ..) = probe(&mut s, shared(2, 2, &prompt(1, 20)));
+    assert_eq!(cached, 0, "a part of what is shared tells what follows it");
+}
+
+#[test]
+fn what_was_saved_stays_its_owners() {
+    let mut s = scheduler(LIMITS);
+    run_alone(&mut s, of(1, sequence(1, &prompt(1, 20), 1)));
+    run_alone(&mut s, of(2, sequence(2, &prompt(2, 20), 1)));
+    let saved = (1..4).find(|slot| s.remembered(*slot) == prompt(1, 20));
+    assert!(
+        saved.is_some(),
+        "the first prompt has moved to an idle slot"
+    );
+    assert_eq!(probe(&mut s, of(2, sequence(3, &prompt(1, 20), 1))).0, 0);
+    assert_eq!(probe(&mut s, of(1, sequence(4, &prompt(1, 20), 1))).0, 19);
 }

@@ -4,10 +4,10 @@ use std::collections::HashSet;
 
 use helix_sched::{Plan, SeqId};
 
-use crate::world::{Truth, World};
+use crate::world::{Held, Truth, World};
 
 impl World {
-    pub(crate) fn check_started(&mut self, plan: &Plan, before: &[Vec<u32>]) {
+    pub(crate) fn check_started(&mut self, plan: &Plan, before: &[Held]) {
         for (index, started) in plan.started.iter().enumerate() {
             assert_eq!(
                 self.queue.remove(0),
@@ -20,12 +20,21 @@ impl World {
             } else {
                 truth.prompt - 1
             };
-            let held = |cache: &Vec<u32>| common(cache, &truth.tokens[..reuse]);
+            let shared = &truth.tokens[..truth.shared];
+            let held = |(cache, scope): &Held| {
+                if *scope == Some(truth.scope) {
+                    common(cache, &truth.tokens[..reuse])
+                } else if cache.starts_with(shared) {
+                    shared.len().min(reuse)
+                } else {
+                    0
+                }
+            };
             if index == 0 {
                 assert_eq!(
                     started.cached,
                     before.iter().map(held).max().unwrap(),
-                    "not the longest prefix"
+                    "not the longest prefix of its own"
                 );
             }
             assert!(started.cached <= reuse);

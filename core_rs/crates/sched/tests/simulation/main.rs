@@ -37,14 +37,18 @@ fn op() -> impl Strategy<Value = Op> {
         0..9_u32,
         prop::option::weighted(0.3, 0..20_u64),
         prop::bool::weighted(0.15),
+        0..3_u8,
     )
-        .prop_map(|(prompts, copies, max_new, patience, logits)| Op::Submit {
-            prompts,
-            copies,
-            max_new,
-            patience,
-            logits,
-        });
+        .prop_map(
+            |(prompts, copies, max_new, patience, logits, owner)| Op::Submit {
+                prompts,
+                copies,
+                max_new,
+                patience,
+                logits,
+                owner,
+            },
+        );
     let some = |weight| prop::option::weighted(weight, 0..64_usize);
     let step = (
         some(0.1),

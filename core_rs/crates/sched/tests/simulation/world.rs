@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use helix_sched::{
-    Ended, Fcfs, Finish, Limits, NewSequence, Outcome, Plan, Refusal, Scheduler, SeqId,
+    Ended, Fcfs, Finish, Limits, NewSequence, Outcome, Plan, Refusal, Scheduler, Scope, SeqId,
 };
 
 const GARBAGE: u32 = u32::MAX;
+/// What everybody may know.
+const SHARED: [u32; 3] = [1, 0, 1];
 
 /// Something that happens.
 #[derive(Clone, Debug)]
@@ -18,6 +20,7 @@ pub(crate) enum Op {
         max_new: u32,
         patience: Option<u64>,
         logits: bool,
+        owner: u8,
     },
     Cancel(usize),
     Park(usize),
@@ -40,6 +43,8 @@ pub(crate) struct Truth {
     pub(crate) prompt: usize,
     pub(crate) max_new: usize,
     pub(crate) logits: bool,
+    pub(crate) scope: Scope,
+    pub(crate) shared: usize,
     pub(crate) deadline: Option<u64>,
     pub(crate) slot: Option<usize>,
     pub(crate) parked: bool,
@@ -47,10 +52,15 @@ pub(crate) struct Truth {
     pub(crate) idle_steps: usize,
 }
 
+/// Tokens that a slot holds, and who may start from them.
+pub(crate) type Held = (Vec<u32>, Option<Scope>);
+
 pub(crate) struct World {
     pub(crate) limits: Limits,
     pub(crate) scheduler: Scheduler,
     caches: Vec<Vec<u32>>,
+    /// For whom each cached position was computed; `None`: everybody.
+    tags: Vec<Vec<Option<Scope>>>,
     pub(crate) alive: BTreeMap<SeqId, Truth>,
     pub(crate) queue: Vec<SeqId>,
     pub(crate) ended: HashMap<SeqId, &'static str>,
@@ -74,6 +84,7 @@ impl World {
             limits,
             scheduler: Scheduler::new(limits, Box::new(Fcfs)),
             caches: vec![vec![GARBAGE; limits.max_len]; limits.slots],
+            tags: vec![vec![None; limits.max_len]; limits.slots],
             alive: BTreeMap::new(),
             queue: Vec::new(),
             ended: HashMap::new(),
@@ -91,8 +102,13 @@ impl World {
                 max_new,
                 patience,
                 logits,
+                owner,
             } => {
-                self.submit(prompts, *copies, *max_new, *patience, *logits);
+                let scope = match owner {
+                    0 => Scope::Request(self.next_id),
+                    owner => Scope::Owner(u128::from(*owner)),
+                };
+                self.submit(prompts, *copies, *max_new, *patience, *logits, scope);
             }
             Op::Cancel(which) => self.cancel(*which),
             Op::Park(which) => self.park(*which, true),
@@ -135,6 +151,7 @@ impl World {
         max_new: u32,
         patience: Option<u64>,
         logits: bool,
+        scope: Scope,
     ) {
         let mut request = Vec::new();
         for prompt in prompts {
@@ -148,6 +165,12 @@ impl World {
                     max_new,
                     deadline,
                     prompt_logits: logits,
+                    scope,
+                    shared: if prompt.starts_with(&SHARED) {
+                        SHARED.len()
+                    } else {
+                        0
+                    },
                     cost: 1,
                 });
             }
@@ -329,8 +352,11 @@ impl World {
 
     /// Plans a step and checks everything that a plan promises.
     fn plan(&mut self) -> Plan {
-        let before: Vec<Vec<u32>> = (0..self.limits.slots)
-            .map(|slot| self.scheduler.remembered(slot).to_vec())
+        let before: Vec<Held> = (0..self.limits.slots)
+            .map(|slot| {
+                let tokens = self.scheduler.remembered(slot).to_vec();
+                (tokens, self.scheduler.scope(slot))
+            })
             .collect();
         let runnable: Vec<SeqId> = self
             .alive
@@ -369,6 +395,8 @@ impl World {
             assert_ne!(copy.src, copy.dst);
             let prefix = self.caches[copy.src][..copy.len].to_vec();
             self.caches[copy.dst][..copy.len].copy_from_slice(&prefix);
+            let tags = self.tags[copy.src][..copy.len].to_vec();
+            self.tags[copy.dst][..copy.len].copy_from_slice(&tags);
         }
         for (item, tokens) in plan.iter() {
             let truth = &self.alive[&item.id];
@@ -379,6 +407,17 @@ impl World {
                 "wrong cache"
             );
             assert_eq!(*tokens, truth.tokens[item.past..end], "wrong tokens");
+            let tags = &mut self.tags[item.slot];
+            assert!(
+                tags[..item.past]
+                    .iter()
+                    .all(|tag| tag.is_none_or(|tag| tag == truth.scope)),
+                "computed for somebody else"
+            );
+            tags[item.past..end].fill(Some(truth.scope));
+            if truth.tokens[..end].starts_with(&SHARED) {
+                tags[..SHARED.len()].fill(None);
+            }
             self.caches[item.slot][item.past..end].copy_from_slice(tokens);
             if let Some(behind) = self.caches[item.slot].get_mut(end) {
                 *behind = GARBAGE;
@@ -424,6 +463,8 @@ fn truth_of(sequence: &NewSequence) -> Truth {
         prompt: sequence.prompt.len(),
         max_new: sequence.max_new as usize,
         logits: sequence.prompt_logits,
+        scope: sequence.scope,
+        shared: sequence.shared,
         deadline: sequence.deadline,
         slot: None,
         parked: false,
