@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from helixflow import __version__
+from helixflow.arguments import Parser
 from helixflow.config import Config, load
 from helixflow.errors import HelixError
 from helixflow.liveness import write_stacks_at_the_end
@@ -24,8 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     import helixflow.ledger.cli
     import helixflow.pki.cli
 
-    parser = argparse.ArgumentParser(prog="helixflow", description="A self-hosted AI inference platform.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser = Parser(prog="helixflow", description="A self-hosted AI inference platform.")
+    commands: Any = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _service(commands, "serve", "run every service of this machine in the foreground", _serve)
     _service(commands, "gateway", "run the api-gateway alone", _gateway)
     _service(commands, "auth", "run the auth-service alone", _auth)

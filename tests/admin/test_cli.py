@@ -174,7 +174,7 @@ def test_typing_errors_end_before_anything_is_asked(
     service: Scripted, shell: Shell, arguments: tuple[str, ...]
 ) -> None:
     done = shell(*arguments)
-    assert done.status == 2
+    assert done.status == 64
     assert "error:" in done.err
     assert service.calls == []
 

@@ -163,10 +163,10 @@ def test_mistakes_are_explained(
         ["frobnicate"],
     ],
 )
-def test_wrong_usage_ends_with_status_2(arguments: list[str]) -> None:
+def test_wrong_usage_ends_with_status_64(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["pki", *arguments])
-    assert caught.value.code == 2
+    assert caught.value.code == 64
 
 
 def test_the_default_directory_is_that_of_the_configuration(
