@@ -264,7 +264,9 @@ def _database_problems(database: DatabaseConfig) -> list[str]:
         return problems
     from helixflow.db.target import Target  # noqa: PLC0415 - asyncpg is slow to import, and only a URL needs it
 
-    for name, url in (("url", database.url), ("admin_url", database.admin_url)):
+    if database.owner_url and not database.url:
+        problems.append("database.owner_url: only together with database.url; the embedded server has its own roles")
+    for name, url in (("url", database.url), ("owner_url", database.owner_url), ("admin_url", database.admin_url)):
         try:
             target = Target.parse(url) if url else None
         except HelixError as error:

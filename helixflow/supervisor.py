@@ -47,6 +47,9 @@ async def prepare(config: Config, say: Callable[[str], None]) -> None:
     """Certificates and engine: makes what is missing. Raises StartError."""
     say(f"certificates  {config.certs}")
     await _command("pki", "init", *keeper.options(config))
+    if config.database.owner_url:
+        say("database      migrations")
+        await _command("db", "migrate")
     if config.pool.engine != "scripted":
         model, recipe = model_of(config), pool_recipe(config.pool)
         say(f"engine        {config.pool.model_id} ({model}), {recipe.kind} {recipe.precision}")

@@ -22,10 +22,11 @@ from helixflow.db import migrate
 from helixflow.db.embedded import Embedded
 from helixflow.db.pool import Pool
 from helixflow.db.target import connect
-from helixflow.ledger.chain import verify
 from helixflow.ledger.record import Begin, encode, new_id
+from helixflow.ledger.sealer import Sealer
 from helixflow.ledger.shipper import Shipper
 from helixflow.ledger.spool import Spool
+from helixflow.ledger.verify import verify
 from helixflow.ledger.writer import Writer
 from helixflow.limits.limiter import Limiter
 from helixflow.limits.model import Limits, Metric, SubjectLimits, window_start
@@ -203,12 +204,13 @@ def batch(draw: random.Random, holders: Sequence[bytes], start_us: int) -> list[
 
 
 async def writing(pool: Pool) -> str:
-    """Rows/s of one writer and of four, rows that are known already, and verification."""
+    """Rows/s of one writer and of four, rows that are known already, and verification; a sealer runs beside them."""
     draw, now = random.Random(1), time.time_ns() // 1000
     holders = [os.urandom(16) for _ in range(200)]
     made = [batch(draw, holders, now + number * BATCH_ROWS * 1000) for number in range(2 * BATCHES)]
     first = Writer(pool, CHAIN_KEY)
     rows = []
+    sealing = asyncio.create_task(Sealer(pool, CHAIN_KEY).run())
 
     async def timed(what: str, work: Callable[[], Awaitable[object]], count: int) -> None:
         began = time.perf_counter()
@@ -228,6 +230,8 @@ async def writing(pool: Pool) -> str:
         count,
     )
     await timed("rows sent again", lambda: write(first, made[:10]), 10 * BATCH_ROWS)
+    sealing.cancel()
+    await asyncio.wait({sealing})
     async with pool.acquire() as connection:
         began = time.perf_counter()
         report = await verify(connection, CHAIN_KEY)

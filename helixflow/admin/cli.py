@@ -249,10 +249,24 @@ def _audit(commands: Any) -> None:
         commands,
         "verify",
         "records.audit_verify",
-        "check the hash chains of the ledger; exit status 1 when one is broken",
-        "Recompute the hash chain of each day: an altered, removed, added or moved row breaks it. Exit status 1 then.",
+        "check the hash chains of ledger and audit log; exit status 1 when one is broken",
+        "Recompute the hash chains of the ledger and of the audit log, and compare them with the last checkpoint: an "
+        "altered, removed, added or moved row is found, and a day or an end that is missing. Exit status 1 then.",
     )
     _day_options(verify)
+    verify.add_argument(
+        "--anchor", type=Path, metavar="FILE", help="also compare with what `audit anchor` wrote earlier"
+    )
+    anchor = _command(
+        commands,
+        "anchor",
+        "records.audit_anchor",
+        "write a signed statement of where all chains end now",
+        "Write a signed statement of where all chains end now. Kept on another machine and given to `audit verify "
+        "--anchor` later, it shows whether history was rewritten or cut since, even by somebody who has the database "
+        "and the pepper.",
+    )
+    anchor.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new file; never overwritten")
 
 
 # --- parts of commands ---------------------------------------------------------

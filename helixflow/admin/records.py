@@ -1,6 +1,8 @@
 """`helixflow usage` and `helixflow audit`."""
 
+import os
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from helixflow.admin import export
@@ -104,13 +106,52 @@ async def audit_list(operator: Operator, options: Namespace) -> Outcome:
 
 
 async def audit_verify(operator: Operator, options: Namespace) -> Outcome:
-    """Recomputes the ledger's hash chains. Status 1 when one is broken."""
-    report = await operator.call("VerifyLedger", "VerifyLedgerRequest", _days(options), timeout_s=VERIFY_TIMEOUT_S)
+    """Recomputes the chains of ledger and audit log. Status 1 when something is wrong."""
+    fields: dict[str, Any] = {**_days(options), "anchor": _read_anchor(options.anchor)}
+    report = await operator.call("VerifyLedger", "VerifyLedgerRequest", fields, timeout_s=VERIFY_TIMEOUT_S)
     faults = report["faults"]
-    read = f"{count_text(report['rows'])} rows of {count_text(report['days'])} days"
+    entries = count_text(report["entries"])
+    read = f"{count_text(report['rows'])} rows of {count_text(report['days'])} days, {entries} entries of the audit log"
+    dropped = "".join(f"\nremoved by retention: {line}" for line in report["dropped"])
     if not faults:
-        return Outcome({**report, "ok": True}, f"{read}: every chain holds")
-    columns = [Column("DAY"), Column("ROW", right=True), Column("ID"), Column("PROBLEM", cut=True)]
-    cells = [(fault["day"], count_text(fault["sequence"]), fault["id"], fault["problem"]) for fault in faults]
-    text = f"{read}: the chain is broken on {len(faults)} of them\n\n{table(columns, cells, '')}"
+        said = ", and the anchor" if options.anchor else ""
+        return Outcome({**report, "ok": True}, f"{read}: every chain holds{said}{dropped}")
+    columns = [
+        Column("CHAIN"),
+        Column("DAY"),
+        Column("ROW", right=True),
+        Column("ID"),
+        Column("PROBLEM", cut=True),
+    ]
+    cells = [
+        (fault["chain"] or "ledger", fault["day"], count_text(fault["sequence"]), fault["id"], fault["problem"])
+        for fault in faults
+    ]
+    text = f"{read}: the chain is broken in {len(faults)} places\n\n{table(columns, cells, '')}{dropped}"
     return Outcome({**report, "ok": False}, text, status=1)
+
+
+def _read_anchor(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise AdminError(f"the anchor {path} cannot be read: {reason}") from None
+
+
+async def audit_anchor(operator: Operator, options: Namespace) -> Outcome:
+    """Writes a signed statement of where all chains end, into a new file."""
+    answer = await operator.call("AnchorLedger", "AnchorLedgerRequest", timeout_s=VERIFY_TIMEOUT_S)
+    try:
+        with options.out.open("x") as file:
+            file.write(answer["anchor"])
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        raise AdminError(f"{options.out} exists already; anchors are never overwritten") from None
+    except OSError as error:
+        raise AdminError(f"{options.out} cannot be written: {error.strerror}") from None
+    text = f"{options.out}: keep it where nobody can reach it who can reach the database"
+    return Outcome({"file": str(options.out)}, text)

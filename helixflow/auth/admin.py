@@ -13,6 +13,8 @@ from helixflow.auth.pepper import Pepper
 from helixflow.auth.records import Content, User
 from helixflow.auth.signing import Signer
 from helixflow.db.pool import Pool
+from helixflow.ledger.proof import Proof
+from helixflow.ledger.sealer import Sealer
 from helixflow.limits.model import Limits
 from helixflow.rpc import messages
 from helixflow.rpc.server import Caller
@@ -26,13 +28,25 @@ class AdminHandlers:
     """Answers AdminService."""
 
     def __init__(
-        self, pool: Pool, pepper: Pepper, signer: Signer, hashes: Passwords, *, currency: str, development: bool
+        self,
+        pool: Pool,
+        pepper: Pepper,
+        signer: Signer,
+        hashes: Passwords,
+        *,
+        currency: str,
+        development: bool,
+        sealer: Sealer | None = None,
     ) -> None:
-        """`currency`: name of what prices are in. `development`: keys of that profile are known."""
+        """`currency`: name of what prices are in. `development`: keys of that profile are known.
+
+        `sealer`: of this service; None: one that keeps no anchor.
+        """
         self._pepper = pepper
         self._passwords = hashes
         self._desk = Desk(pool, pepper, signer, development=development)
-        self._usage = UsageMethods(self._desk, pepper, currency)
+        proof = Proof(pool, sealer or Sealer(pool, pepper.ledger_key()))
+        self._usage = UsageMethods(self._desk, proof, currency)
 
     def methods(self) -> dict[str, Handler]:
         """A handler for every method."""

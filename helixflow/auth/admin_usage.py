@@ -6,9 +6,9 @@ from uuid import UUID
 from helixflow.auth import api_keys, audit, fields, organisations, roles, users
 from helixflow.auth.actors import Actor, permit
 from helixflow.auth.desk import Desk, Handler, filled
-from helixflow.auth.pepper import Pepper
 from helixflow.core_rs import NotFound, PermissionDenied
-from helixflow.ledger import chain, content, query
+from helixflow.ledger import content, query
+from helixflow.ledger.proof import Proof
 from helixflow.limits import settings
 from helixflow.limits.model import Limits, Price, SubjectLimits
 from helixflow.limits.remote import price_list
@@ -20,10 +20,10 @@ from helixflow.rpc.server import Caller
 class UsageMethods:
     """Answers the methods about what may be used and what was."""
 
-    def __init__(self, desk: Desk, pepper: Pepper, currency: str) -> None:
+    def __init__(self, desk: Desk, proof: Proof, currency: str) -> None:
         """`currency`: name of what prices are in."""
         self._desk = desk
-        self._chain_key = pepper.ledger_key()
+        self._proof = proof
         self._currency = currency
 
     def methods(self) -> dict[str, Handler]:
@@ -39,6 +39,7 @@ class UsageMethods:
             "GetTexts": self._get_texts,
             "ListAudit": self._list_audit,
             "VerifyLedger": self._verify_ledger,
+            "AnchorLedger": self._anchor_ledger,
         }
 
     async def _set_limits(self, request: Any, caller: Caller) -> Any:
@@ -134,10 +135,19 @@ class UsageMethods:
         async with self._desk.act("VerifyLedger", request, caller):
             pass
         # Each day is a transaction of its own.
-        async with self._desk.connection() as connection:
-            report = await chain.verify(connection, self._chain_key, first, last)
-        faults = [filled(messages.LedgerFault, fault) for fault in report.faults]
-        return messages.VerifyLedgerReply(days=report.days, rows=report.rows, faults=faults)
+        report = await self._proof.verify(first, last, request.anchor)
+        return messages.VerifyLedgerReply(
+            days=report.days,
+            rows=report.rows,
+            faults=[filled(messages.LedgerFault, fault) for fault in report.faults],
+            entries=report.entries,
+            dropped=report.dropped,
+        )
+
+    async def _anchor_ledger(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("AnchorLedger", request, caller):
+            pass
+        return messages.Anchor(anchor=await self._proof.anchor())
 
 
 async def set_limits(

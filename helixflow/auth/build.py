@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from helixflow import log
-from helixflow.auth import first_start, purge
+from helixflow.auth import audit, first_start, purge
 from helixflow.auth.admin import AdminHandlers
 from helixflow.auth.events import Events
 from helixflow.auth.handlers import AuthHandlers, Method, Unary, Ways
@@ -25,6 +25,7 @@ from helixflow.auth.touch import LastUses
 from helixflow.config import Config
 from helixflow.db.pool import Pool
 from helixflow.ledger import maintenance
+from helixflow.ledger.sealer import Sealer
 from helixflow.ledger.writer import Writer
 from helixflow.limits.fallback import Counters
 from helixflow.limits.remote import lease_handler, prices_handler
@@ -65,6 +66,8 @@ async def build(config: Config, pool: Pool) -> Built:
     async with contextlib.AsyncExitStack() as stack:
         async with pool.acquire() as connection, connection.transaction():
             pepper = await open_pepper(connection, config.auth.pepper)
+        sealer = Sealer(pool, pepper.ledger_key(), config.auth.pepper.parent)
+        audit.seal_with(sealer.keys.audit)
         async with pool.acquire() as connection:
             signer = await Signer.open(connection, Layout(config.certs).jwt_private, config.auth)
         provider = Provider(config.auth) if config.auth.oidc_issuer else None
@@ -92,7 +95,9 @@ async def build(config: Config, pool: Pool) -> Built:
             development=config.development,
         )
         currency = config.limits.currency
-        admin = AdminHandlers(pool, pepper, signer, hashes, currency=currency, development=config.development)
+        admin = AdminHandlers(
+            pool, pepper, signer, hashes, currency=currency, development=config.development, sealer=sealer
+        )
         first = await _first_start(config, pool, pepper, hashes)
         await _begin(
             stack,
@@ -103,7 +108,10 @@ async def build(config: Config, pool: Pool) -> Built:
                 "refusals": refused.run,
                 "purge": lambda: purge.run(pool),
                 "limits": counters.run,
-                "ledger": lambda: maintenance.run(pool, config.ledger, pepper.ledger_key()),
+                "seals": sealer.run,
+                "ledger": lambda: maintenance.run(
+                    pool, config.ledger, pepper.ledger_key(), config.auth.audit_keep_days
+                ),
             },
         )
         return Built({**handlers.methods(), **admin.methods()}, first, events, stack.pop_all())

@@ -43,12 +43,6 @@ class Desk:
             actor.allow(method)
             yield connection, actor
 
-    @contextlib.asynccontextmanager
-    async def connection(self) -> AsyncIterator[Any]:
-        """A connection without a transaction, for what has its own. `act` comes first."""
-        async with self._pool.acquire() as connection:
-            yield connection
-
     async def _actor(self, connection: Any, claimed: Any, caller: Caller) -> Actor:
         """The actor: by the certificate the operator, or the holder of the credential that a gateway passes on.
 

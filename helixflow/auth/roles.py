@@ -84,6 +84,7 @@ METHODS: dict[str, Rule] = {
     "GetTexts": Rule(Role.ADMIN, Keys.ADMIN),
     "ListAudit": Rule(Role.ADMIN, Keys.ADMIN),
     "VerifyLedger": Rule(Role.OWNER, Keys.ADMIN, installation=True),
+    "AnchorLedger": Rule(Role.OWNER, Keys.ADMIN, installation=True),
 }
 """Members see and manage what is their own, admins what is their organisation's: the functions behind see to that."""
 

@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import asyncpg
 import uvloop
 
 from helixflow import core_rs, log
@@ -15,9 +16,9 @@ from helixflow.auth.build import Built, build
 from helixflow.auth.errors import database_errors
 from helixflow.config import Config
 from helixflow.core_rs import CoreError, TlsFiles, Unavailable
-from helixflow.db import migrate
+from helixflow.db import migrate, roles
 from helixflow.db.embedded import Embedded
-from helixflow.db.errors import DatabaseUnavailableError
+from helixflow.db.errors import DatabaseUnavailableError, MigrationError
 from helixflow.db.pool import Pool, tls_of
 from helixflow.db.target import Target, connect
 from helixflow.errors import StartError
@@ -116,7 +117,8 @@ async def _until(stop: asyncio.Event, config: Config, built: Built) -> None:
 async def _open(config: Config) -> Pool:
     """The connection pool of a database whose schema is up to date. Waits while the server does not answer."""
     options = config.database
-    target = Target.parse(options.url) if options.url else Embedded(options.directory, user=options.user).target
+    embedded = not options.url
+    target = Embedded(options.directory, user=options.user).service_target if embedded else Target.parse(options.url)
     pause, told = WAIT_S[0], False
     while True:
         try:
@@ -127,6 +129,10 @@ async def _open(config: Config) -> Pool:
                 application_name="helixflow auth-service (migrations)",
                 timezone="UTC",
             )
+            try:
+                await _bring_up_to_date(connection, embedded=embedded)
+            finally:
+                await connection.close()
             break
         except DatabaseUnavailableError as error:
             if not told:
@@ -135,12 +141,32 @@ async def _open(config: Config) -> Pool:
                 told = True
             await asyncio.sleep(pause)
             pause = min(pause * 2, WAIT_S[1])
-    try:
+    return await Pool.open(options, target, name="helixflow auth-service")
+
+
+async def _bring_up_to_date(connection: Any, *, embedded: bool) -> None:
+    """Migrates, where one role is everybody; else sees that its owner has.
+
+    Raises MigrationError, and DatabaseUnavailableError while the embedded server is still being migrated.
+    """
+    if not embedded and await roles.owned(connection) is not False:
+        logger.warning(
+            "the services own their tables in the database: whoever takes them over can change what is chained",
+            hint="set HELIX_DATABASE_OWNER_URL, run `helixflow db setup` and `helixflow db migrate`",
+        )
         for applied in await migrate.migrate(connection):
             logger.info("migration applied", number=applied.number, name=applied.name)
-    finally:
-        await connection.close()
-    return await Pool.open(options, target, name="helixflow auth-service")
+        return
+    try:
+        missing = migrate.pending(migrate.read(), await migrate.ledger(connection))
+    except asyncpg.InsufficientPrivilegeError:
+        missing = migrate.read()
+    if not missing:
+        return
+    label = f"migration {missing[0].number:04}_{missing[0].name} is missing"
+    if embedded:
+        raise DatabaseUnavailableError(f"{label}: `helixflow db run` of this release applies it")
+    raise MigrationError(f"{label}: run `helixflow db migrate` with HELIX_DATABASE_OWNER_URL")
 
 
 def guarded(handler: Handler) -> Handler:

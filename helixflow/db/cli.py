@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from helixflow.config import Config
+    from helixflow.db.embedded import Embedded
     from helixflow.db.target import Target
 
 Action = Callable[["Config", argparse.Namespace], Awaitable[int]]
@@ -32,8 +33,8 @@ def add_parser(subparsers: Any) -> None:
         "setup",
         _setup,
         "prepare your own server: role, database, grants (once, by an operator)",
-        "Make the role, the database and the schema that HELIX_DATABASE_URL names, with the rights of "
-        "HELIX_DATABASE_ADMIN_URL. Running it again is safe.",
+        "Make the roles, the database and the schema that HELIX_DATABASE_URL and HELIX_DATABASE_OWNER_URL name, with "
+        "the rights of HELIX_DATABASE_ADMIN_URL. Running it again is safe.",
     )
     _command(commands, "migrate", _migrate, "apply the migrations that are missing", "Apply the missing migrations.")
     status = _command(
@@ -119,6 +120,8 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
     room = asyncio.create_task(Room(server.directory, config.supervise.disk_warn_bytes).run())
     dsn = await server.start()
     try:
+        # Before anybody hears that it is ready: the services may not migrate.
+        await _upgrade_embedded(server)
         if READY_FD in os.environ:
             notify_ready(dsn)
         else:
@@ -139,15 +142,29 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
     return EX_SOFTWARE if failed else 0
 
 
+async def _upgrade_embedded(server: "Embedded") -> None:
+    from helixflow import log
+    from helixflow.db import roles
+    from helixflow.db.embedded import READER_ROLE, SERVICE_ROLE
+    from helixflow.db.target import connect
+
+    connection = await connect(server.target, application_name="helixflow db run", timezone="UTC")
+    try:
+        for applied in await roles.upgrade(connection, SERVICE_ROLE, READER_ROLE):
+            log.get("database").info("migration applied", number=applied.number, name=applied.name)
+    finally:
+        await connection.close()
+
+
 @contextlib.asynccontextmanager
 async def _target(config: "Config") -> AsyncIterator["Target"]:
-    """The database of the URL; else the embedded one, started for this command when it does not run."""
+    """The database as its owner: of the URL; else the embedded one, started for this command when it does not run."""
     from helixflow.db.embedded import Embedded
     from helixflow.db.errors import AlreadyRunningError
     from helixflow.db.target import Target
 
     if config.database.url:
-        yield Target.parse(config.database.url)
+        yield Target.parse(config.database.owner_url or config.database.url)
         return
     server = Embedded(config.database.directory, user=config.database.user)
     with contextlib.suppress(AlreadyRunningError):
@@ -189,22 +206,39 @@ async def _setup(config: "Config", _options: argparse.Namespace) -> int:
             "URL; the embedded server needs no set-up"
         )
     admin, service = Target.parse(config.database.admin_url), Target.parse(config.database.url)
-    for line in await setup.prepare(admin, service, tls_of(config.database, admin), tls_of(config.database, service)):
+    owner = Target.parse(config.database.owner_url) if config.database.owner_url else None
+    tls = tls_of(config.database, service)
+    for line in await setup.prepare(admin, service, tls_of(config.database, admin), tls, owner):
         print(line)
+    if owner is None:
+        print("warning: the services' role will own the tables; set HELIX_DATABASE_OWNER_URL to keep the two apart")
     print("next: helixflow db migrate")
     return 0
 
 
 async def _migrate(config: "Config", _options: argparse.Namespace) -> int:
-    from helixflow.db import migrate
+    from helixflow.db import roles
 
     async with _connection(config) as (_, connection):
-        done = await migrate.migrate(connection)
+        done = await roles.upgrade(connection, *await _roles(config, connection))
     for each in done:
         print(f"applied {each.number:04}_{each.name}")
     if not done:
         print("nothing to do: every migration is applied")
     return 0
+
+
+async def _roles(config: "Config", connection: Any) -> tuple[str, str | None]:
+    """The roles of services and readers."""
+    from helixflow.db.embedded import READER_ROLE, SERVICE_ROLE
+    from helixflow.db.setup import reader_of
+    from helixflow.db.target import Target
+
+    if not config.database.url:
+        return SERVICE_ROLE, READER_ROLE
+    reader = reader_of(Target.parse(config.database.owner_url or config.database.url))
+    there = await connection.fetchval("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", reader)
+    return Target.parse(config.database.url).user, reader if there else None
 
 
 async def _status(config: "Config", options: argparse.Namespace) -> int:
@@ -263,10 +297,11 @@ async def _forget_pepper(config: "Config", _options: argparse.Namespace) -> int:
 
 
 async def _restore(config: "Config", options: argparse.Namespace) -> int:
-    from helixflow.db import backup, migrate
+    from helixflow.db import backup, migrate, roles
 
     async with _connection(config) as (target, connection):
         manifest = await backup.restore(connection, options.file, migrate.read())
+        await roles.grant(connection, *await _roles(config, connection))
     rows = sum(table["rows"] for table in manifest["tables"])
     print(f"{target}: {rows} rows of {manifest['created']} restored, schema {_schema(manifest)}")
     return 0

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from helixflow import log
@@ -31,6 +32,11 @@ from helixflow.db.place import (
 from helixflow.db.target import DEFAULT_PORT, Target, connect
 
 ROLE = "helixflow"
+"""Owns the database and everything in it."""
+SERVICE_ROLE = "helixflow_service"
+"""Of the services: owns nothing (`roles`)."""
+READER_ROLE = "helixflow_reader"
+"""Of whoever audits: reads the ledger and the audit log."""
 DATABASE = "helixflow"
 ADMIN = "helixflow_admin"
 """The superuser. Nobody is mapped to it: it exists for the single-user mode."""
@@ -55,12 +61,19 @@ REVOKE ALL ON DATABASE {DATABASE} FROM PUBLIC
 REVOKE ALL ON DATABASE postgres FROM PUBLIC
 REVOKE ALL ON DATABASE template1 FROM PUBLIC
 """
-_HBA = """\
+_MAKE = "DO $$BEGIN IF to_regrole('{0}') IS NULL THEN CREATE ROLE {0} LOGIN; END IF; END$$\n"
+# A line is a statement in single-user mode. A cluster of an earlier release has the owner alone.
+_ROLES = f"""\
+{_MAKE.format(SERVICE_ROLE)}{_MAKE.format(READER_ROLE)}\
+GRANT CONNECT ON DATABASE {DATABASE} TO {SERVICE_ROLE}, {READER_ROLE}
+"""
+_MISSING = "SELECT count(*) < 2 FROM pg_roles WHERE rolname IN ($1, $2)"
+_HBA = f"""\
 # Written at every start.
-{unnamed}local  all  {role}  peer map=helixflow
+{{unnamed}}local  all  {ROLE},{SERVICE_ROLE},{READER_ROLE}  peer map=helixflow
 host   all  all  all  scram-sha-256
 """
-_UNNAMED = f"local  all  {ROLE}  trust\n"
+_UNNAMED = f"local  all  {SERVICE_ROLE}  trust\n"
 """For a client whose account has no name: who may connect is what the folder of the socket says, whose group is the
 client's, and which nobody else may pass but root and the account that owns the data anyway."""
 
@@ -128,8 +141,13 @@ class Embedded:
 
     @property
     def target(self) -> Target:
-        """How the service connects; no password is needed."""
+        """How the owner connects, who migrates; no password is needed."""
         return Target(str(socket_path(self.directory)), int(self._settings.get("port", DEFAULT_PORT)), ROLE, DATABASE)
+
+    @property
+    def service_target(self) -> Target:
+        """How the services connect."""
+        return replace(self.target, user=SERVICE_ROLE)
 
     @property
     def dsn(self) -> str:
@@ -165,6 +183,18 @@ class Embedded:
         binaries = self._binaries or find_binaries(account, self.directory)
         lock = Lock(self.directory / "server.lock")
         await self._wait_for_leftover(lock)
+        try:
+            await self._launch(account, binaries, lock, timeout_s)
+            if await self._lacks_roles():
+                await self._end(STOP_TIMEOUT_S)
+                await self._single(account, binaries, self.directory / "data", _ROLES)
+                await self._launch(account, binaries, lock, timeout_s)
+        finally:
+            lock.release()
+        logger.info("PostgreSQL serves", directory=str(self.directory), pid=self.pid, account=account.name)
+
+    async def _launch(self, account: Account, binaries: Path, lock: Lock, timeout_s: float) -> None:
+        """Starts the server and waits until it serves."""
         sink = BoundedLog(self.directory / "postgres.log")
         try:
             data = await self._cluster(account, binaries, sink)
@@ -186,14 +216,27 @@ class Embedded:
         except BaseException:
             sink.close()
             raise
-        finally:
-            lock.release()
         self._pump = asyncio.create_task(self._write_log(self._process, sink))
         await self._until_served(self._process, sink, timeout_s)
-        logger.info("PostgreSQL serves", directory=str(self.directory), pid=self._process.pid, account=account.name)
+
+    async def _lacks_roles(self) -> bool:
+        connection = await connect(self.target)
+        try:
+            missing: bool = await connection.fetchval(_MISSING, SERVICE_ROLE, READER_ROLE)
+        finally:
+            await connection.close()
+        return missing
 
     async def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Fast shutdown (SIGINT); immediate (SIGQUIT) after `timeout_s` seconds; SIGKILL in the end."""
+        try:
+            await self._end(timeout_s)
+        finally:
+            if self._owner is not None:
+                self._owner.release()
+                self._owner = None
+
+    async def _end(self, timeout_s: float) -> None:
         try:
             process = self._process
             for number, wait_s in ((signal.SIGINT, timeout_s), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0)):
@@ -209,9 +252,6 @@ class Embedded:
                 await self._pump
         finally:
             self._process = self._pump = None
-            if self._owner is not None:
-                self._owner.release()
-                self._owner = None
 
     async def wait(self) -> int:
         """Waits until the server ends by itself; its exit status."""
@@ -247,8 +287,7 @@ class Embedded:
             options += ["--auth-local=peer", "--auth-host=scram-sha-256"]
             # initdb tells on standard output which methods it set; nothing there is for the operator.
             sink.write((await self._output(account, binaries / "initdb", *options, "-D", str(fresh))).encode())
-            single = ["--single", "-c", "exit_on_error=on", "-c", "log_min_messages=error", "-D", str(fresh)]
-            await self._output(account, binaries / "postgres", *single, "template1", text=_BOOTSTRAP)
+            await self._single(account, binaries, fresh, _BOOTSTRAP + _ROLES)
             fresh.rename(data)
         info = data.stat()
         if info.st_uid != account.uid:
@@ -267,6 +306,11 @@ class Embedded:
             )
         return data
 
+    async def _single(self, account: Account, binaries: Path, data: Path, text: str) -> None:
+        """Runs statements, a line each, as the superuser, in single-user mode."""
+        options = ["--single", "-c", "exit_on_error=on", "-c", "log_min_messages=error", "-D", str(data)]
+        await self._output(account, binaries / "postgres", *options, "template1", text=text)
+
     async def _output(self, account: Account, program: Path, *arguments: str, text: str = "") -> str:
         """Runs a program as the account; its output. Raises EmbeddedError with the end of it when it fails."""
         process = await asyncio.create_subprocess_exec(
@@ -274,14 +318,15 @@ class Embedded:
             *arguments,
             env={"LC_ALL": "C", "PATH": "/usr/bin:/bin", "TZ": "UTC"},
             cwd="/",
-            stdin=asyncio.subprocess.PIPE,
+            # Nothing to write: a program that ends at once would close the pipe before that was written.
+            stdin=asyncio.subprocess.PIPE if text else asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=becoming(account),
         )
         try:
-            out, _ = await process.communicate(text.encode())
+            out, _ = await process.communicate(text.encode() or None)
         except BaseException:
             if process.returncode is None:
                 process.kill()
@@ -296,10 +341,12 @@ class Embedded:
         folder = self.directory / "conf"
         folder.mkdir(exist_ok=True)
         folder.chmod(0o755)
-        client = self._client
-        names = dict.fromkeys([service_account(), *([client.name] if client and client.name else [])])
-        ident = "# Written at every start.\n" + "".join(f'helixflow  "{name}"  {ROLE}\n' for name in names)
-        hba = _HBA.format(unnamed=_UNNAMED if client and not client.name else "", role=ROLE)
+        client, own = self._client, service_account()
+        mapped = [(own, role) for role in (ROLE, SERVICE_ROLE, READER_ROLE)]
+        if client and client.name and client.name != own:
+            mapped.append((client.name, SERVICE_ROLE))
+        ident = "# Written at every start.\n" + "".join(f'helixflow  "{name}"  {role}\n' for name, role in mapped)
+        hba = _HBA.format(unnamed=_UNNAMED if client and not client.name else "")
         for name, text in (("pg_hba.conf", hba), ("pg_ident.conf", ident)):
             fresh = folder / f".{name}.new"
             fresh.write_text(text)

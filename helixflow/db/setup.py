@@ -37,26 +37,46 @@ def scram_verifier(password: str, salt: bytes | None = None) -> str:
     return f"SCRAM-SHA-256${SCRAM_ITERATIONS}:{parts[0]}${parts[1]}:{parts[2]}"
 
 
-async def prepare(
-    admin: Target, service: Target, tls_admin: ssl.SSLContext | bool, tls: ssl.SSLContext | bool
-) -> list[str]:
-    """Makes role, database, schema and grants as far as they are missing; returns what was done, a line each.
+def reader_of(owner: Target) -> str:
+    """The role of whoever audits: it cannot log in, an administrator grants it to those who may."""
+    return f"{owner.user}_reader"
 
-    Raises DatabaseError.
+
+async def prepare(
+    admin: Target,
+    service: Target,
+    tls_admin: ssl.SSLContext | bool,
+    tls: ssl.SSLContext | bool,
+    owner: Target | None = None,
+) -> list[str]:
+    """Makes roles, database, schema and grants as far as they are missing; returns what was done, a line each.
+
+    `owner`: whose everything is; None: the service's role. What the service owned before is handed over. Raises
+    DatabaseError.
     """
+    owner = owner or service
     if (admin.host, admin.port) != (service.host, service.port):
         raise DatabaseRefusedError(f"the administrator's URL leads to {admin}, the service's to {service}: two servers")
+    if (owner.host, owner.port, owner.database) != (service.host, service.port, service.database):
+        raise DatabaseRefusedError(f"the owner's URL leads to {owner}, the service's to {service}: two databases")
     done: list[str] = []
     try:
         connection = await connect(admin, tls=tls_admin)
         try:
-            await _role(connection, service, done)
-            await _database(connection, service, done)
+            await _role(connection, owner, done)
+            if owner.user != service.user:
+                await _role(connection, service, done)
+                await _reader(connection, owner, done)
+            await _database(connection, owner, done)
         finally:
             await connection.close()
         inside = await connect(replace(admin, database=service.database), tls=tls_admin)
         try:
-            await _schema(inside, service, done)
+            if owner.user != service.user:
+                await _hand_over(inside, service, owner, done)
+            await _schema(inside, owner, done)
+            if owner.user != service.user:
+                await _guest(inside, service, owner)
         finally:
             await inside.close()
     except asyncpg.InsufficientPrivilegeError as error:
@@ -88,6 +108,41 @@ async def _role(connection: Any, service: Target, done: list[str]) -> None:
         done.append(f"password of {service.user} set to that of the URL")
 
 
+async def _reader(connection: Any, owner: Target, done: list[str]) -> None:
+    name = reader_of(owner)
+    if not await connection.fetchval("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", name):
+        await connection.execute(f"CREATE ROLE {quoted(name)} NOLOGIN")
+        done.append(f"role {name} made: grant it to whoever may read ledger and audit log")
+
+
+async def _guest(connection: Any, service: Target, owner: Target) -> None:
+    """The services and readers may come in, and make nothing of their own."""
+    name = quoted(service.database)
+    await _join(connection, owner.user)
+    for role in (service.user, reader_of(owner)):
+        await connection.execute(f"REVOKE ALL ON DATABASE {name} FROM {quoted(role)}")
+        await connection.execute(f"GRANT CONNECT ON DATABASE {name} TO {quoted(role)}")
+
+
+async def _hand_over(connection: Any, service: Target, owner: Target, done: list[str]) -> None:
+    """What the services owned when there was one role for everything."""
+    held = await connection.fetchval(
+        "SELECT pg_get_userbyid(nspowner) = $1 FROM pg_namespace WHERE nspname = 'helixflow'", service.user
+    )
+    if not held:
+        return
+    for role in (service.user, owner.user):
+        await _join(connection, role)
+    await connection.execute(f"REASSIGN OWNED BY {quoted(service.user)} TO {quoted(owner.user)}")
+    done.append(f"what {service.user} owned belongs to {owner.user} now")
+
+
+async def _join(connection: Any, role: str) -> None:
+    """Only a member of a role may give or take what is the role's."""
+    if not await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user"):
+        await connection.execute(f"GRANT {quoted(role)} TO CURRENT_USER")
+
+
 async def _database(connection: Any, service: Target, done: list[str]) -> None:
     row = await connection.fetchrow(
         "SELECT pg_encoding_to_char(encoding) AS encoding, pg_get_userbyid(datdba) AS owner "
@@ -100,10 +155,7 @@ async def _database(connection: Any, service: Target, done: list[str]) -> None:
         )
     name, role = quoted(service.database), quoted(service.user)
     if row is None:
-        superuser = await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user")
-        if not superuser:
-            # Only a member of a role may make it the owner of something.
-            await connection.execute(f"GRANT {role} TO CURRENT_USER")
+        await _join(connection, service.user)
         await connection.execute(f"CREATE DATABASE {name} OWNER {role} TEMPLATE template0 ENCODING 'UTF8'")
         done.append(f"database {service.database} made")
     await connection.execute(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC")
@@ -117,9 +169,7 @@ async def _schema(connection: Any, service: Target, done: list[str]) -> None:
         "SELECT pg_get_userbyid(nspowner) FROM pg_namespace WHERE nspname = 'helixflow'",
     )
     if owner is None:
-        superuser = await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user")
-        if not superuser:
-            await connection.execute(f"GRANT {role} TO CURRENT_USER")
+        await _join(connection, service.user)
         await connection.execute(f"CREATE SCHEMA helixflow AUTHORIZATION {role}")
         done.append("schema helixflow made")
     elif owner != service.user:

@@ -81,6 +81,7 @@ ENDPOINTS = (
     Endpoint("GET", "/admin/v1/requests/{request}/texts", "GetTexts", "TextsRequest"),
     Endpoint("GET", "/admin/v1/audit", "ListAudit", "AuditRequest", (*PAGE, *DAYS), timeout_s=QUERY_TIMEOUT_S),
     Endpoint("GET", "/admin/v1/audit/verify", "VerifyLedger", "VerifyLedgerRequest", DAYS, timeout_s=VERIFY_TIMEOUT_S),
+    Endpoint("GET", "/admin/v1/audit/anchor", "AnchorLedger", "AnchorLedgerRequest", timeout_s=QUERY_TIMEOUT_S),
 )
 
 

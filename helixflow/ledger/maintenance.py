@@ -1,7 +1,7 @@
 """What the ledger needs from time to time: partitions ahead, old ones dropped, texts purged."""
 
 import asyncio
-from datetime import date
+from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final
 
 import asyncpg
@@ -10,9 +10,12 @@ from helixflow import log
 from helixflow.config import LedgerConfig
 from helixflow.db.errors import DatabaseError
 from helixflow.db.pool import Pool
+from helixflow.ledger import sealer
+from helixflow.ledger.audit_chain import ChainError
 from helixflow.ledger.chain import Head
 from helixflow.ledger.content import purge
 from helixflow.ledger.record import today
+from helixflow.ledger.seals import SealKeys
 
 EVERY_S: Final = 3600.0
 RETRY_S: Final = 30.0
@@ -36,11 +39,16 @@ SELECT day, sequence, hash FROM helixflow.ledger_days WHERE day >= $1 AND day < 
 logger = log.get("ledger")
 
 
-async def run(pool: Pool, options: LedgerConfig, chain_key: bytes) -> None:
+async def run(pool: Pool, options: LedgerConfig, chain_key: bytes, audit_keep_days: int = 0) -> None:
     """Does what is due, now and every hour, until it is cancelled. Any number of processes may run it."""
     while True:
         try:
             await once(pool, options, chain_key)
+            if audit_keep_days:
+                await prune_audit(pool, chain_key, audit_keep_days)
+        except ChainError as error:
+            logger.error("nothing of the audit log is removed: it was tampered with", error=str(error))
+            await asyncio.sleep(EVERY_S)
         except (DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
             logger.warning("the ledger's maintenance failed and will be tried again", error=str(error))
             await asyncio.sleep(RETRY_S)
@@ -67,6 +75,19 @@ async def once(pool: Pool, options: LedgerConfig, chain_key: bytes, *, now: date
     return True
 
 
+async def prune_audit(pool: Pool, chain_key: bytes, keep_days: int, *, now: datetime | None = None) -> int:
+    """Removes entries of the audit log that are older than `keep_days` days; returns how many went.
+
+    Where the chain was cut stands in its head, under a seal. Raises ChainError, and what the database raises.
+    """
+    before = (now or datetime.now(UTC)) - timedelta(days=keep_days)
+    async with pool.acquire() as connection:
+        removed = await sealer.prune_audit(connection, SealKeys.of(chain_key), before)
+    if removed:
+        logger.info("entries of the audit log were removed (auth.audit_keep_days)", entries=removed)
+    return removed
+
+
 def _month(day: date, offset: int) -> date:
     """The first of the month so many months later."""
     months = day.year * 12 + day.month - 1 + offset
@@ -78,10 +99,10 @@ async def _drop_before(connection: Any, limit: date, chain_key: bytes) -> None:
         name = row[0]
         month = date(int(name[-7:-3]), int(name[-2:]), 1)
         if month < limit:
-            await _drop(connection, name, month, chain_key)
+            await _drop(connection, month, chain_key)
 
 
-async def _drop(connection: Any, name: str, month: date, chain_key: bytes) -> None:
+async def _drop(connection: Any, month: date, chain_key: bytes) -> None:
     """Drops one month; the heads of its days keep where their chains were, so that late rows go on from there."""
     async with connection.transaction():
         await connection.execute(f"SET LOCAL lock_timeout = {DROP_WAIT_MS}")
@@ -99,5 +120,5 @@ async def _drop(connection: Any, name: str, month: date, chain_key: bytes) -> No
                 digest,
                 head.seal(chain_key),
             )
-        await connection.execute(f"DROP TABLE helixflow.{name}")
+        await connection.execute("SELECT helixflow.requests_drop($1)", month)
     logger.info("a month of the ledger was dropped (ledger.keep_months)", month=month.isoformat()[:7])

@@ -12,8 +12,11 @@ from helixflow import log
 from helixflow.core_rs import InvalidRequest, Unavailable
 from helixflow.db.errors import DatabaseError
 from helixflow.db.pool import Pool
+from helixflow.ledger.audit_chain import ChainError
 from helixflow.ledger.chain import EPOCH, Head, link, start
 from helixflow.ledger.record import INTERRUPTED, UNKNOWN, UNKNOWN_ERROR, Content, Row, day_of, decode, fits
+from helixflow.ledger.sealer import seal_days
+from helixflow.ledger.seals import SealKeys
 from helixflow.refusals import refusal
 
 COLUMNS: Final = (
@@ -115,6 +118,7 @@ class Writer:
         self._note = note
         self._pool = pool
         self._key = chain_key
+        self._keys = SealKeys.of(chain_key)
         self._days: set[date] = set()  # whose partition and head exist
 
     async def append(self, spool: str, records: Sequence[bytes]) -> tuple[int, int]:
@@ -171,7 +175,16 @@ class Writer:
             await connection.execute("SELECT helixflow.requests_partition($1)", month)
         fresh = [Head(day, 0, start(self._key, day)) for day in days]
         await connection.execute(_NEW_HEADS, *self._columns(fresh))
+        await self._seal(connection)
         self._days.update(days)
+
+    async def _seal(self, connection: Any) -> None:
+        """A day is under a checkpoint before it has a row: from then on it cannot vanish."""
+        try:
+            await seal_days(connection, self._keys)
+        except ChainError as error:
+            # What is wrong is `audit verify`'s to say; rows must not wait for it.
+            logger.error("the ledger was tampered with: nothing is sealed before that is settled", error=str(error))
 
     def _columns(self, heads: Iterable[Head]) -> tuple[list[Any], ...]:
         listed = list(heads)

@@ -6,6 +6,10 @@ from pathlib import Path
 from helixflow.options import Address, between, one_of, option
 
 
+def _audit_days(value: float) -> str | None:
+    return None if value == 0 or 30 <= value <= 36_500 else f"must be 0, or between 30 and 36500, not {value:g}"
+
+
 @dataclass(frozen=True, slots=True)
 class AuthConfig:
     """The auth-service: accounts, keys, tokens."""
@@ -21,6 +25,9 @@ class AuthConfig:
         2_592_000,
         "a session ends when its refresh token was not used this long (seconds)",
         check=between(60, 31_536_000),
+    )
+    audit_keep_days: int = option(
+        0, "entries of the audit log are kept this long (days, 30 or more); 0: all", check=_audit_days
     )
     password_checks: int = option(2, "passwords hashed at a time; each costs 64 MiB", check=between(1, 64))
     login_free_attempts: int = option(

@@ -11,6 +11,11 @@ class DatabaseConfig:
     """PostgreSQL: your own by its URL, else the embedded one."""
 
     url: str = option("", "postgresql://user:password@host:port/database; empty: the embedded server", secret=True)
+    owner_url: str = option(
+        "",
+        "URL of the role that owns the tables, which url's then does not; `helixflow db` and `serve` migrate with it",
+        secret=True,
+    )
     admin_url: str = option("", "URL of an administrator; only `helixflow db setup` uses it", secret=True)
     tls: str = option(
         "verify-full",

@@ -371,9 +371,10 @@ def test_audit_list(service: Scripted, shell: Shell) -> None:
 
 
 def test_audit_verify(service: Scripted, shell: Shell) -> None:
-    service.answers["AdminService/VerifyLedger"] = messages.VerifyLedgerReply(days=3, rows=4000)
+    service.answers["AdminService/VerifyLedger"] = messages.VerifyLedgerReply(days=3, rows=4000, entries=12)
     done = shell("audit", "verify", "--from", "2026-01-01")
-    assert (done.status, done.out) == (0, "4,000 rows of 3 days: every chain holds\n")
+    held = "4,000 rows of 3 days, 12 entries of the audit log: every chain holds\n"
+    assert (done.status, done.out) == (0, held)
     assert sent(service, "VerifyLedger") == {"from": "2026-01-01"}
     fault = messages.LedgerFault(day="2026-01-02", sequence=17, id=ID, problem="the row was altered")
     service.answers["AdminService/VerifyLedger"] = messages.VerifyLedgerReply(days=3, rows=4000, faults=[fault])
@@ -385,6 +386,24 @@ def test_audit_verify(service: Scripted, shell: Shell) -> None:
     assert done.status == 1
     assert done.json["ok"] is False
     assert done.json["faults"][0]["sequence"] == 17
+
+
+def test_audit_anchor(service: Scripted, shell: Shell, tmp_path: Path) -> None:
+    service.answers["AdminService/AnchorLedger"] = messages.Anchor(anchor='{"number": 7}')
+    path = tmp_path / "anchor.json"
+    done = shell("audit", "anchor", "--out", str(path))
+    assert (done.status, path.read_text()) == (0, '{"number": 7}')
+    assert shell("audit", "anchor", "--out", str(path)).status == 1
+    assert path.read_text() == '{"number": 7}', "an anchor is never overwritten"
+    dropped = ["2026-01-01: rows 1 to 5"]
+    service.answers["AdminService/VerifyLedger"] = messages.VerifyLedgerReply(days=1, dropped=dropped)
+    done = shell("audit", "verify", "--anchor", str(path))
+    assert sent(service, "VerifyLedger") == {"anchor": '{"number": 7}'}
+    assert "and the anchor" in done.out
+    assert "removed by retention: 2026-01-01: rows 1 to 5" in done.out
+    done = shell("audit", "verify", "--anchor", str(tmp_path / "none"))
+    assert done.status == 1
+    assert "cannot be read" in done.err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 from argon2 import PasswordHasher
 
-from helixflow.auth import actors, api_keys, users
+from helixflow.auth import actors, api_keys, audit, users
 from helixflow.auth.api_keys import Wanted
 from helixflow.auth.first_start import first_start
 from helixflow.auth.login import Login
@@ -25,6 +25,7 @@ from helixflow.config import AuthConfig, DatabaseConfig
 from helixflow.db.pool import Pool
 from helixflow.db.target import Target
 from helixflow.ledger.record import Row, new_id
+from helixflow.ledger.seals import SealKeys
 from helixflow.pki.layout import Layout
 
 CHEAP = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
@@ -113,6 +114,7 @@ class World:
 async def world(target: Target, pki: Layout, **options: Any) -> AsyncIterator[World]:
     """A database after its first start."""
     chosen = replace(AuthConfig(), **options)
+    audit.seal_with(SealKeys.of(SECRET.ledger_key()).audit)
     pool = await Pool.open(DatabaseConfig(), target, name="test")
     passwords = Passwords(chosen.password_checks, CHEAP)
     try:

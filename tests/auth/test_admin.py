@@ -49,7 +49,7 @@ ALLOWED = {
         "GetTexts",
         "ListAudit",
     },
-    "owner": {"CreateOrganisation", "UpdateOrganisation", "SetPrice", "DeletePrice", "VerifyLedger"},
+    "owner": {"CreateOrganisation", "UpdateOrganisation", "SetPrice", "DeletePrice", "VerifyLedger", "AnchorLedger"},
 }
 
 
@@ -83,7 +83,14 @@ def test_only_owners_of_the_first_organisation_administer_the_installation(targe
     async def test() -> None:
         async with office(target, pki) as o:
             wanted = arguments(o)
-            for method in ("CreateOrganisation", "UpdateOrganisation", "SetPrice", "DeletePrice", "VerifyLedger"):
+            for method in (
+                "CreateOrganisation",
+                "UpdateOrganisation",
+                "SetPrice",
+                "DeletePrice",
+                "VerifyLedger",
+                "AnchorLedger",
+            ):
                 with pytest.raises(PermissionDenied, match="first organisation"):
                     await o.call("other-owner", method, **wanted.get(method, {}))
             made = await o.call("owner", "CreateOrganisation", name="third")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from helixflow.config import DatabaseConfig
-from helixflow.db.embedded import ADMIN, ROLE, Embedded
+from helixflow.db.embedded import ADMIN, READER_ROLE, ROLE, SERVICE_ROLE, Embedded
 from helixflow.db.place import service_account
 from helixflow.db.target import Target, connect
 
@@ -62,7 +62,8 @@ class Server:
     def __init__(self, place: Path, binaries: Path | None, tls: dict[str, str]) -> None:
         hba, ident = place / "pg_hba.conf", place / "pg_ident.conf"
         hba.write_text("local all all peer map=test\nhost all all all scram-sha-256\n")
-        ident.write_text(f"test {service_account()} {ADMIN}\ntest {service_account()} {ROLE}\n")
+        mapped = (ADMIN, ROLE, SERVICE_ROLE, READER_ROLE)
+        ident.write_text("".join(f"test {service_account()} {role}\n" for role in mapped))
         self.tls = bool(tls)
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]

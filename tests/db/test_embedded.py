@@ -17,7 +17,7 @@ import pytest
 from helixflow import config
 from helixflow.config import SuperviseConfig
 from helixflow.db import place
-from helixflow.db.embedded import ADMIN, BoundedLog, Embedded
+from helixflow.db.embedded import ADMIN, READER_ROLE, SERVICE_ROLE, BoundedLog, Embedded
 from helixflow.db.errors import (
     AlreadyRunningError,
     DatabaseRefusedError,
@@ -335,7 +335,9 @@ def test_a_supervisor_can_keep_it(environ: dict[str, str]) -> None:
     asyncio.run(life())
 
 
-def test_commands_start_it_when_it_does_not_run(environ: dict[str, str]) -> None:
+def test_commands_start_it_when_it_does_not_run(environ: dict[str, str], home: Path) -> None:
+    environ = {**environ, "HELIX_HOME": str(home / "commands")}
+
     def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
         words = [sys.executable, "-m", "helixflow", "db", *arguments]
         return subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
@@ -343,11 +345,33 @@ def test_commands_start_it_when_it_does_not_run(environ: dict[str, str]) -> None
     before = command("status", "--json")
     names = [f"{each.number:04}_{each.name}" for each in read()]
     assert (before.returncode, json.loads(before.stdout)["pending"]) == (1, names)
-    process, _, _ = _run(environ)
     assert command("migrate").stdout == "".join(f"applied {name}\n" for name in names)
+    process, _, _ = _run(environ)
+    assert command("migrate").stdout.startswith("nothing to do")
     assert _end(process, signal.SIGTERM) == 0
     after = command("status", "--json")
     status = json.loads(after.stdout)
     assert (after.returncode, status["pending"], status["embedded"]) == (0, [], True)
     assert [row["number"] for row in status["applied"]] == list(range(1, len(names) + 1))
     assert "PostgreSQL 18" in command("status").stdout
+
+
+def test_it_is_migrated_before_it_is_ready_and_the_services_own_nothing(environ: dict[str, str], home: Path) -> None:
+    environ = {**environ, "HELIX_HOME": str(home / "fresh")}
+    process, target, _ = _run(environ)
+    try:
+        # What the services find, at once: the whole schema, of somebody else.
+        found = asyncio.run(
+            _query(
+                replace(target, user=SERVICE_ROLE),
+                "SELECT max(number) FROM helixflow.migrations",
+                "SELECT count(*) FROM pg_class WHERE pg_get_userbyid(relowner) = current_user",
+                "SELECT has_table_privilege('helixflow.audit_log', 'UPDATE, DELETE, TRUNCATE')",
+                "SELECT has_table_privilege('helixflow.sessions', 'INSERT')",
+            )
+        )
+        assert found == [read()[-1].number, 0, False, True]
+        reader = asyncio.run(_query(replace(target, user=READER_ROLE), "SELECT count(*) FROM helixflow.audit_log"))
+        assert reader == [0]
+    finally:
+        assert _end(process, signal.SIGTERM) == 0

@@ -284,6 +284,20 @@ DATA = {
         INSERT INTO login_attempts (account, address, failures) VALUES (sha256('a@b'), '192.0.2.1', 3);
         INSERT INTO known_addresses (user_id, address) VALUES ('00000000-0000-4000-8000-000000000002', '192.0.2.1');
     """,
+    "ceilings": """
+        UPDATE api_keys SET role = 'viewer' WHERE revoked_at IS NULL AND NOT development;
+        UPDATE limits SET set_rank = 'operator';
+    """,
+    "domains": "UPDATE organisations SET domains = '{example.com}'",
+    "seals": """
+        UPDATE meta SET audit_legacy = 1;
+        INSERT INTO audit_chain VALUES (1, 1, sha256('entry'));
+        INSERT INTO audit_head (sequence, hash, dropped_sequence, dropped_hash, seal)
+            VALUES (1, sha256('entry'), 0, '', sha256('seal'));
+        INSERT INTO ledger_sealed VALUES ('2026-11-25', 1, sha256('row'));
+        INSERT INTO ledger_checkpoint (number, at, audit_sequence, audit_hash, signature)
+            VALUES (1, now(), 1, sha256('entry'), 'x');
+    """,
 }
 """What a release with the migration of this name may have written. A new migration brings its own rows."""
 

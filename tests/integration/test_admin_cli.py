@@ -141,7 +141,7 @@ def test_an_altered_row_is_found(site: Site, column: str) -> None:
 
     change(1)
     try:
-        assert "the chain is broken on 1" in site.platform.run("audit", "verify", status=1)
+        assert "the chain is broken in 1" in site.platform.run("audit", "verify", status=1)
         found = json.loads(site.platform.run("audit", "verify", "--json", status=1))
         (fault,) = found["faults"]
         assert (found["ok"], fault["id"], fault["sequence"]) == (False, str(row), sequence)

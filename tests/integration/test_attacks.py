@@ -110,7 +110,7 @@ LEAST = {
     "admin": "ListUsers CreateUser UpdateUser ResetPassword UnlockUser DeleteUser SetLimits ListRequests GetTexts "
     "ListAudit",
     "owner": "",
-    "installation": "CreateOrganisation UpdateOrganisation SetPrice DeletePrice VerifyLedger",
+    "installation": "CreateOrganisation UpdateOrganisation SetPrice DeletePrice VerifyLedger AnchorLedger",
 }
 """The least role that may call what; `installation`: owners of the first organisation alone."""
 RANKS = list(LEAST)

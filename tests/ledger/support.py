@@ -97,7 +97,8 @@ BEGIN
         EXECUTE 'DROP TABLE ' || partition;
     END LOOP;
     TRUNCATE helixflow.ledger_days, helixflow.usage_daily, helixflow.usage_keys, helixflow.usage_models,
-        helixflow.usage_monthly, helixflow.contents;
+        helixflow.usage_monthly, helixflow.contents, helixflow.ledger_sealed, helixflow.ledger_checkpoint,
+        helixflow.audit_log, helixflow.audit_chain, helixflow.audit_head;
 END
 $$
 """

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from helixflow.db import backup, migrate
 from helixflow.db.target import connect
-from helixflow.ledger.chain import Report, verify
+from helixflow.ledger.faults import Report
 from helixflow.ledger.record import encode
+from helixflow.ledger.verify import verify
 from helixflow.ledger.writer import Writer
 from tests.db.support import Server
 

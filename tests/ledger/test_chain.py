@@ -5,8 +5,10 @@ from datetime import date
 
 import pytest
 
-from helixflow.ledger.chain import LedgerFault, Report, chain_key, verify
+from helixflow.ledger.chain import chain_key
+from helixflow.ledger.faults import LedgerFault, Report
 from helixflow.ledger.record import Row, encode
+from helixflow.ledger.verify import verify
 from helixflow.ledger.writer import Writer
 
 from .support import DAY_US, NOON_US, PEPPER_KEY, Databases, opened, row

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helixflow.ledger.chain import verify
 from helixflow.ledger.record import INTERRUPTED
 from helixflow.ledger.shipper import Shipper
 from helixflow.ledger.spool import Spool
+from helixflow.ledger.verify import verify
 from helixflow.ledger.writer import Writer
 
 from .support import PEPPER_KEY, Databases, ledger_options, names, opened, until

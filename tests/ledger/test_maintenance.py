@@ -8,8 +8,9 @@ import pytest
 
 from helixflow.core_rs import InvalidRequest
 from helixflow.ledger import maintenance
-from helixflow.ledger.chain import Report, verify
+from helixflow.ledger.faults import Report
 from helixflow.ledger.record import encode
+from helixflow.ledger.verify import verify
 from helixflow.ledger.writer import Writer
 
 from .support import DAY_US, NOON_US, PEPPER_KEY, Databases, ledger_options, opened, row

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from helixflow.core_rs import InvalidRequest, Unavailable
-from helixflow.ledger.chain import verify
 from helixflow.ledger.content import content
 from helixflow.ledger.record import COUNT_MAX, UNKNOWN, UNKNOWN_ERROR, Row, decode, encode, new_id
+from helixflow.ledger.verify import verify
 from helixflow.ledger.writer import Writer
 
 from .support import DAY_US, GATEWAY, KEY, NOON_US, ORGANISATION, PEPPER_KEY, USER, Databases, begin, opened, row
