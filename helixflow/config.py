@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from helixflow.engine.kinds import BACKENDS, precisions
 from helixflow.errors import ConfigError, HelixError
 from helixflow.options import Address, Reader, one_of, option
+from helixflow.secret import Secret
 from helixflow.sections.auth import AuthConfig
 from helixflow.sections.database import DatabaseConfig
 from helixflow.sections.gateway import DEFAULT_AUTH, DEFAULT_POOLS, GatewayConfig
@@ -325,8 +326,8 @@ def describe(config: Config) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for entry in dataclasses.fields(section):
             value = getattr(section, entry.name)
-            if entry.metadata.get("secret"):
-                out[entry.name] = "***" if value else ""
+            if isinstance(value, Secret):
+                out[entry.name] = str(value) if value else ""
             else:
                 out[entry.name] = (
                     table(value) if dataclasses.is_dataclass(value) and entry.name in SECTIONS else plain(value)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from helixflow.secret import Secret
+
 T = TypeVar("T")
 
 
@@ -72,9 +74,9 @@ Check = Callable[[Any], str | None]
 """Looks at a parsed value; returns what is wrong with it, or None."""
 
 
-def option(default: Any, doc: str, *, check: Check | None = None, env: str | None = None, secret: bool = False) -> Any:
+def option(default: Any, doc: str, *, check: Check | None = None, env: str | None = None) -> Any:
     """Declares one option of a frozen dataclass: default, documentation, check, extra environment name."""
-    metadata = {"doc": doc, "check": check, "env": env, "secret": secret}
+    metadata = {"doc": doc, "check": check, "env": env}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -128,8 +130,9 @@ def _convert(kind: Any, value: object) -> Any:
             raise ValueError(f"{value!r} is not a list")
         return tuple(_convert(typing.get_args(kind)[0], item) for item in value)
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a string")
-    return value
+        shown = "the value" if kind is Secret else repr(value)
+        raise ValueError(f"{shown} is not a string")
+    return Secret(value) if kind is Secret else value
 
 
 class Reader:

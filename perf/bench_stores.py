@@ -33,6 +33,7 @@ from helixflow.limits.model import Limits, Metric, SubjectLimits, window_start
 from helixflow.limits.postgres import PostgresStore
 from helixflow.limits.redis import RedisStore
 from helixflow.limits.store import Call, Item, LimitStore
+from helixflow.secret import Secret
 from perf import lab
 
 SECONDS = 3.0
@@ -116,7 +117,7 @@ async def redis(folder: Path) -> AsyncIterator[RedisStore]:
     path = folder / "redis.sock"
     command = ["redis-server", "--port", "0", "--unixsocket", str(path), "--save", "", "--loglevel", "warning"]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL, cwd=folder)
-    store = RedisStore(replace(LimitsConfig(), redis_url=f"unix://{path}"))
+    store = RedisStore(replace(LimitsConfig(), redis_url=Secret(f"unix://{path}")))
     try:
         async with asyncio.timeout(10):
             while True:

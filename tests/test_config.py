@@ -120,7 +120,7 @@ def test_accounts_cannot_be_off_in_production() -> None:
 
 
 def test_redis_has_a_short_name() -> None:
-    assert config.load(None, {"HELIX_REDIS_URL": "redis://localhost"}).limits.redis_url == "redis://localhost"
+    assert config.load(None, {"HELIX_REDIS_URL": "redis://localhost"}).limits.redis_url.reveal() == "redis://localhost"
 
 
 def test_secrets_and_spool_live_under_home(tmp_path: Path) -> None:

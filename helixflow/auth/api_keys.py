@@ -5,7 +5,7 @@ use).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -57,7 +57,7 @@ class Created:
     """A new key and its secret."""
 
     key: Key
-    secret: str
+    secret: str = field(repr=False)
 
 
 async def create(connection: Any, actor: Actor, pepper: Pepper, user: str, wanted: Wanted) -> Created:

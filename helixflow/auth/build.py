@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from helixflow import log
@@ -47,7 +47,7 @@ class Built:
 
     methods: dict[str, Method]
     """Handlers of AuthService and AdminService, for `helixflow.rpc.server.Server`."""
-    first_password: str | None
+    first_password: str | None = field(repr=False)
     """The owner's one-time password, when this was the first start of its database."""
     events: Events
     _stack: contextlib.AsyncExitStack

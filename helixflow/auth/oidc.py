@@ -110,7 +110,10 @@ class Provider:
             "redirect_uri": redirect_uri,
             "code_verifier": verifier,
         }
-        secret, methods = self._options.oidc_client_secret, known.settings.get("token_endpoint_auth_methods_supported")
+        secret, methods = (
+            self._options.oidc_client_secret.reveal(),
+            known.settings.get("token_endpoint_auth_methods_supported"),
+        )
         auth: httpx.BasicAuth | None = None
         if secret and (not isinstance(methods, list) or "client_secret_basic" in methods):
             # RFC 6749, 2.3.1: both are form-encoded first.

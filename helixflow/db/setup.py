@@ -104,7 +104,7 @@ async def _role(connection: Any, service: Target, done: list[str]) -> None:
         await connection.execute(f"ALTER ROLE {name} LOGIN")
         done.append(f"role {service.user} may log in now")
     if service.password:
-        await connection.execute(f"ALTER ROLE {name} PASSWORD '{scram_verifier(service.password)}'")
+        await connection.execute(f"ALTER ROLE {name} PASSWORD '{scram_verifier(service.password.reveal())}'")
         done.append(f"password of {service.user} set to that of the URL")
 
 

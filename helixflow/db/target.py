@@ -19,6 +19,7 @@ from helixflow.db.errors import (
     UrlError,
 )
 from helixflow.options import Address
+from helixflow.secret import Secret
 
 SUPPORTED = (15, 18)
 """Oldest and newest major version of the server."""
@@ -29,18 +30,19 @@ _FORM = "write postgresql://user:password@host:port/database, or ...@/database?h
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One database on one server. The password is in no representation."""
+    """One database on one server."""
 
     host: str
     """Host name, or the directory of a Unix socket."""
     port: int
     user: str
     database: str
-    password: str | None = field(default=None, repr=False)
+    password: Secret = field(default_factory=Secret)
 
     @classmethod
-    def parse(cls, url: str) -> "Target":
+    def parse(cls, secret: str | Secret) -> "Target":
         """Reads a URL. Raises UrlError, whose message never repeats the URL."""
+        url = secret.reveal() if isinstance(secret, Secret) else secret
         try:
             parts = urlsplit(url)
             port = parts.port or DEFAULT_PORT
@@ -62,7 +64,7 @@ class Target:
             raise UrlError(f"the database URL needs one host, a user and a database; {_FORM}")
         if "\0" in user + database + host:
             raise UrlError("the database URL holds a NUL character")
-        return cls(host, port, user, database, unquote(parts.password) if parts.password else None)
+        return cls(host, port, user, database, Secret(unquote(parts.password or "")))
 
     @property
     def socket(self) -> bool:
@@ -178,7 +180,7 @@ def arguments(target: Target, tls: ssl.SSLContext | bool) -> dict[str, Any]:
         "user": target.user,
         "database": target.database,
         # An empty string, not None: None makes asyncpg look into the environment.
-        "password": target.password or "",
+        "password": target.password.reveal(),
         "ssl": tls,
         "target_session_attrs": "any",
     }

@@ -11,7 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -189,8 +189,8 @@ class Texts:
 
     id: str
     at_us: int
-    prompt: str
-    answer: str
+    prompt: str = field(repr=False)
+    answer: str = field(repr=False)
     expires_at: int
     """Seconds since the epoch."""
 

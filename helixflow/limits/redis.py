@@ -28,13 +28,14 @@ class RedisStore:
         self._timeout_s = options.redis_timeout_ms / 1000
         self._clock = clock
         arguments: dict[str, Any] = {}
-        if options.redis_url.startswith("rediss://"):
+        url = options.redis_url.reveal()
+        if url.startswith("rediss://"):
             arguments = {"ssl_cert_reqs": "required", "ssl_check_hostname": True}
             if options.redis_ca != UNSET:
                 arguments["ssl_ca_certs"] = str(options.redis_ca)
         try:
             self._redis = Redis.from_url(
-                options.redis_url,
+                url,
                 socket_timeout=self._timeout_s,
                 socket_connect_timeout=self._timeout_s,
                 retry=Retry(NoBackoff(), 0),  # the other backend is the second try

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helixflow.options import Address, between, one_of, option
+from helixflow.secret import Secret
 
 
 def _audit_days(value: float) -> str | None:
@@ -45,7 +46,7 @@ class AuthConfig:
     drain_timeout_s: float = option(10.0, "calls may run this long after SIGTERM (seconds)", check=between(0, 3600))
     oidc_issuer: str = option("", "URL of an OpenID Connect provider; empty: no login through one")
     oidc_client_id: str = option("", "client id at the provider")
-    oidc_client_secret: str = option("", "client secret at the provider", secret=True)
+    oidc_client_secret: Secret = option(Secret(), "client secret at the provider")
     oidc_ca: Path = option(Path(), "file of CA certificates for the provider; empty: the system's")
     oidc_organisation: str = option("", "organisation that new users of the provider join; empty: none may join")
     oidc_role: str = option("member", "role of users who join", check=one_of("viewer", "member", "admin"))

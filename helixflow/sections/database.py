@@ -4,19 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helixflow.options import between, one_of, option
+from helixflow.secret import Secret
 
 
 @dataclass(frozen=True, slots=True)
 class DatabaseConfig:
     """PostgreSQL: your own by its URL, else the embedded one."""
 
-    url: str = option("", "postgresql://user:password@host:port/database; empty: the embedded server", secret=True)
-    owner_url: str = option(
-        "",
-        "URL of the role that owns the tables, which url's then does not; `helixflow db` and `serve` migrate with it",
-        secret=True,
+    url: Secret = option(Secret(), "postgresql://user:password@host:port/database; empty: the embedded server")
+    owner_url: Secret = option(
+        Secret(), "URL of the role that owns the tables, which url's then does not; `helixflow db` and `serve` migrate with it"
     )
-    admin_url: str = option("", "URL of an administrator; only `helixflow db setup` uses it", secret=True)
+    admin_url: Secret = option(Secret(), "URL of an administrator; only `helixflow db setup` uses it")
     tls: str = option(
         "verify-full",
         "verify-full, or disable (only for a loopback address); a Unix socket has none",

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helixflow.options import between, option
+from helixflow.secret import Secret
 
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:
     """Rate limits and budgets."""
 
-    redis_url: str = option(
-        "", "redis://, rediss:// (TLS) or unix:// URL; empty: PostgreSQL counts", env="HELIX_REDIS_URL", secret=True
+    redis_url: Secret = option(
+        Secret(), "redis://, rediss:// (TLS) or unix:// URL; empty: PostgreSQL counts", env="HELIX_REDIS_URL"
     )
     redis_ca: Path = option(Path(), "file of CA certificates for Redis; empty: the system's")
     redis_timeout_ms: int = option(200, "time for one answer of Redis (milliseconds)", check=between(1, 60_000))

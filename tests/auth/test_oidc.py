@@ -31,6 +31,7 @@ from helixflow.core_rs import (
 from helixflow.db.target import Target
 from helixflow.errors import ConfigError
 from helixflow.pki.layout import Layout
+from helixflow.secret import Secret
 
 from .provider import CALLBACK, CLIENT, TestProvider
 from .provider import SECRET as CLIENT_SECRET
@@ -68,7 +69,7 @@ async def flow(target: Target, pki: Layout, **options: Any) -> AsyncIterator[Flo
             **{
                 "oidc_issuer": provider.issuer,
                 "oidc_client_id": CLIENT,
-                "oidc_client_secret": CLIENT_SECRET,
+                "oidc_client_secret": Secret(CLIENT_SECRET),
                 "oidc_ca": pki.ca_cert,
                 **options,
             },

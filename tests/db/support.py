@@ -19,6 +19,7 @@ from helixflow.config import DatabaseConfig
 from helixflow.db.embedded import ADMIN, READER_ROLE, ROLE, SERVICE_ROLE, Embedded
 from helixflow.db.place import service_account
 from helixflow.db.target import Target, connect
+from helixflow.secret import Secret
 
 T = TypeVar("T")
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
@@ -92,7 +93,7 @@ class Server:
         return replace(self.embedded.target, database=name)
 
     def tcp(self, user: str, database: str, password: str = PASSWORD, host: str = "127.0.0.1") -> Target:
-        return Target(host, self.port, user, database, password)
+        return Target(host, self.port, user, database, Secret(password))
 
     def url(self, user: str, database: str, password: str = PASSWORD) -> str:
         return f"postgresql://{user}:{password}@127.0.0.1:{self.port}/{database}"

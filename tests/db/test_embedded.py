@@ -27,6 +27,7 @@ from helixflow.db.errors import (
 from helixflow.db.migrate import read
 from helixflow.db.place import Account
 from helixflow.db.target import Target, connect
+from helixflow.secret import Secret
 from helixflow.service import Service
 
 from .support import ROOT, Loop, as_user, folder, wait_gone
@@ -308,7 +309,7 @@ def test_a_port_with_passwords_only(loop: Loop, home: Path) -> None:
         await server.start()
         try:
             with pytest.raises(DatabaseRefusedError, match="password authentication failed"):
-                await connect(Target("127.0.0.1", port, "helixflow", "helixflow", "guess"))
+                await connect(Target("127.0.0.1", port, "helixflow", "helixflow", Secret("guess")))
         finally:
             await server.stop()
 

@@ -25,6 +25,7 @@ from helixflow.errors import ConfigError
 from helixflow.pki import issue
 from helixflow.pki.keys import KeyType
 from helixflow.pki.layout import Layout
+from helixflow.secret import Secret
 
 from .support import OPERATOR, PASSWORD, Server, options
 
@@ -81,7 +82,7 @@ def test_a_silent_server_is_given_up() -> None:
             left.set()
 
         silent = await asyncio.start_server(listen, "127.0.0.1", 0)
-        target = Target("127.0.0.1", silent.sockets[0].getsockname()[1], "u", "d", PASSWORD)
+        target = Target("127.0.0.1", silent.sockets[0].getsockname()[1], "u", "d", Secret(PASSWORD))
         with pytest.raises(DatabaseUnavailableError, match="no answer in time"):
             await Pool.open(options(tls="disable", connect_timeout_ms=50), target, name="test")
         await left.wait()
@@ -200,7 +201,7 @@ def test_wrong_urls(url: str) -> None:
 
 def test_urls() -> None:
     target = Target.parse("postgresql://us%40er:p%2Fw@[::1]:6000/da%20ta")
-    assert target == Target("::1", 6000, "us@er", "da ta", "p/w")
+    assert target == Target("::1", 6000, "us@er", "da ta", Secret("p/w"))
     assert target.local
     assert not target.socket
     assert target.dsn() == "postgresql://us%40er@[::1]:6000/da%20ta"

@@ -15,6 +15,7 @@ from helixflow.db.errors import DatabaseRefusedError
 from helixflow.db.pool import tls_of
 from helixflow.db.target import Target, connect
 from helixflow.pki.layout import Layout
+from helixflow.secret import Secret
 
 from .support import OPERATOR, PASSWORD, Server, options
 
@@ -51,8 +52,8 @@ def test_setup_is_idempotent_and_migrations_run(
 def test_a_new_password_of_the_url_is_set(wheel: Server, pki: Layout) -> None:
     service = wheel.tcp("rotating", "rotating", password="one")
     _prepare(wheel, pki, service)
-    _prepare(wheel, pki, replace(service, password="two"))
-    asyncio.run(_check(replace(service, password="two")))
+    _prepare(wheel, pki, replace(service, password=Secret("two")))
+    asyncio.run(_check(replace(service, password=Secret("two"))))
     with pytest.raises(DatabaseRefusedError, match="password authentication failed"):
         asyncio.run(_check(service))
 
@@ -76,7 +77,7 @@ def test_refusals(wheel: Server, pki: Layout) -> None:
     with pytest.raises(DatabaseRefusedError, match="is a superuser"):
         _prepare(wheel, pki, replace(service, user="helixflow_admin"))
     with pytest.raises(DatabaseRefusedError, match="printable ASCII"):
-        _prepare(wheel, pki, replace(service, password="pässword"))
+        _prepare(wheel, pki, replace(service, password=Secret("pässword")))
     asyncio.run(wheel.execute("CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'"))
     with pytest.raises(DatabaseRefusedError, match="encoding LATIN1"):
         _prepare(wheel, pki, replace(service, database="latin"))

@@ -23,6 +23,7 @@ from helixflow.limits.postgres import PostgresStore
 from helixflow.limits.redis import RedisStore
 from helixflow.limits.store import HOLD_S, Call, Grant, Granted, Item, LimitStore, check, open_at, overtaken
 from helixflow.process import die_with_parent
+from helixflow.secret import Secret
 from tests.db.support import Server, options
 
 START = 1_800_000_000.0
@@ -201,7 +202,7 @@ class Redis:
             self._process.send_signal(signal.SIGCONT)
 
     def options(self, **values: Any) -> LimitsConfig:
-        return replace(LimitsConfig(), redis_url=self.url, **{"redis_timeout_ms": 5000, **values})
+        return replace(LimitsConfig(), redis_url=Secret(self.url), **{"redis_timeout_ms": 5000, **values})
 
     async def ready(self, **values: Any) -> None:
         store = RedisStore(self.options(**values))
