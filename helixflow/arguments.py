@@ -3,10 +3,12 @@
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from helixflow.errors import EX_USAGE
+from helixflow.terminal import say
 
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 _UNKNOWN = "unrecognized arguments: "
@@ -26,6 +28,11 @@ class Parser(argparse.ArgumentParser):
         if choice:
             message += meant(choice[1], re.findall(r"'([^']*)'", choice[2]))
         self.exit(EX_USAGE, f"{self.format_usage()}{self.prog}: error: {message}\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """What was typed may have been pasted from somebody: it steers no terminal."""
+        if message:
+            say(message, file=file or sys.stderr, end="")
 
 
 def meant(word: str, known: Iterable[str]) -> str:

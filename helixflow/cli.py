@@ -15,6 +15,7 @@ from helixflow.config import Config, load
 from helixflow.errors import HelixError
 from helixflow.liveness import write_stacks_at_the_end
 from helixflow.process import die_with_starter, outlive_readers
+from helixflow.terminal import say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         die_with_starter()
         status: int = options.run(options)
     except HelixError as error:
-        print(f"helixflow: {error}", file=sys.stderr)
+        say(f"helixflow: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         return 130
@@ -82,7 +83,7 @@ def _serve(options: argparse.Namespace) -> int:
     def run(config: Config) -> int:
         from helixflow import supervisor
 
-        return supervisor.run(config, lambda line: print(line, flush=True))
+        return supervisor.run(config, lambda line: say(line, flush=True))
 
     return _run(options, "supervisor", run)
 
@@ -162,15 +163,15 @@ def _check(options: argparse.Namespace) -> int:
 
     described = config.describe(config.load(Path(options.config) if options.config else None))
     if options.json:
-        print(json.dumps(described, indent=2))
+        say(json.dumps(described, indent=2))
         return 0
     for name, value in described.items():
         if isinstance(value, dict):
-            print(f"\n[{name}]")
+            say(f"\n[{name}]")
             for key, item in value.items():
-                print(f"{key} = {json.dumps(item)}")
+                say(f"{key} = {json.dumps(item)}")
         else:
-            print(f"{name} = {json.dumps(value)}")
+            say(f"{name} = {json.dumps(value)}")
     return 0
 
 
@@ -185,7 +186,7 @@ def _options(_options: argparse.Namespace) -> int:
             if "doc" in field.metadata:
                 name = f"{section}.{field.name}" if section else field.name
                 variable = field.metadata["env"] or "HELIX_" + name.replace(".", "_").upper()
-                print(f"{name} ({variable})\n    {field.metadata['doc']}")
+                say(f"{name} ({variable})\n    {field.metadata['doc']}")
     return 0
 
 
@@ -194,10 +195,10 @@ def _version(options: argparse.Namespace) -> int:
     from importlib import metadata
 
     if not options.json:
-        print(f"helixflow {__version__}")
+        say(f"helixflow {__version__}")
         return 0
     versions = {"helixflow": __version__, "python": platform.python_version()}
     for name in ("granian", "numpy", "onnxruntime"):
         versions[name] = metadata.version(name)
-    print(json.dumps(versions))
+    say(json.dumps(versions))
     return 0

@@ -207,7 +207,7 @@ def _cross_check(config: Config) -> list[str]:
     problems += _engine_problems(config.pool)
     problems += _oidc_problems(config.auth)
     problems += _database_problems(config.database)
-    problems += _redis_problems(config.limits.redis_url)
+    problems += _redis_problems(config.limits.redis_url.reveal())
     if config.supervise.backoff_min_s > config.supervise.backoff_max_s:
         problems.append("supervise.backoff_min_s: must not be larger than supervise.backoff_max_s")
     return problems

@@ -10,11 +10,46 @@ __version__: str
 
 # --- logs ---------------------------------------------------------------------
 
-def init_logging(service: str, level: str, json: bool) -> None:
-    """Sends the log lines of the extension to standard error, in the form of the Python side.
+def init_logging(
+    service: str,
+    level: str,
+    *,
+    json: bool,
+    unblock: bool = False,
+    window_s: float = 60.0,
+    file: str | None = None,
+    max_bytes: int = 0,
+    max_age_s: int = 0,
+    keep: int = 0,
+) -> None:
+    """Sends the log lines of this process to standard error, or to `file`, from a queue that nobody waits for.
 
-    The first call of a process counts. Raises ValueError for an unknown level.
+    `level`: of the extension's own lines. `unblock`: no other write to standard output and standard error waits
+    either. `window_s`: repetitions are summed up this often (seconds). `max_bytes`, `max_age_s` (0: any), `keep`: when
+    the file is set aside, and how many are kept. Raises ValueError for an unknown
+    level, OSError for a file that cannot be opened. The first call of a process decides about `level`.
     """
+
+def log_line(text: str) -> None:
+    """Queues one line; `text` has no line feed. Never waits: what does not fit is dropped and counted."""
+
+def log_text(descriptor: int, text: str) -> None:
+    """Queues what a program prints to standard output (1) or standard error (2), as it is. Never waits."""
+
+def log_first(level: str, component: str, event: str, what: str) -> bool:
+    """Whether a line of this kind is to be written: the first of a window are, the others' sum is told at its end.
+
+    `what` tells the kinds of one event apart. Raises ValueError for an unknown level.
+    """
+
+def log_counts() -> tuple[int, int]:
+    """Lines of this process that were lost because nobody read them, and bytes that wait to be read."""
+
+def log_forked() -> None:
+    """Starts the log of a forked process, in it: the thread that writes has stayed behind. Raises OSError."""
+
+def flush_logs(timeout_ms: int) -> bool:
+    """Waits until every line is written, at most `timeout_ms`; false when some are not. Tells sums of repetitions."""
 
 # --- files --------------------------------------------------------------------
 

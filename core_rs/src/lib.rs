@@ -22,6 +22,12 @@ fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     errors::register(module)?;
     module.add_function(wrap_pyfunction!(logs::init_logging, module)?)?;
+    module.add_function(wrap_pyfunction!(logs::log_line, module)?)?;
+    module.add_function(wrap_pyfunction!(logs::log_text, module)?)?;
+    module.add_function(wrap_pyfunction!(logs::log_first, module)?)?;
+    module.add_function(wrap_pyfunction!(logs::log_counts, module)?)?;
+    module.add_function(wrap_pyfunction!(logs::log_forked, module)?)?;
+    module.add_function(wrap_pyfunction!(logs::flush_logs, module)?)?;
     module.add_function(wrap_pyfunction!(client::request::json_within, module)?)?;
     module.add_function(wrap_pyfunction!(append::append, module)?)?;
     module.add_function(wrap_pyfunction!(sampling::gumbel, module)?)?;

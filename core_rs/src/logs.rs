@@ -1,134 +1,121 @@
-//! Log lines of the Rust side in the form of the Python side: one JSON object, or one readable line, on stderr.
+//! The log of this process, for Python: its lines and the extension's own take one way.
 
-use std::fmt;
-use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
 
+use helix_logs::{Form, Kind, Level, Options, Rotation, Stream};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use serde_json::{Map, Value};
-use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
-use tracing::{Event, Subscriber};
-use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::time::{FormatTime, UtcTime};
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-use tracing_subscriber::registry::LookupSpan;
 
-struct Line {
-    service: String,
-    json: bool,
-}
-
-/// Collects the fields of an event; the message becomes `event`, as structlog calls it.
-struct Fields(Map<String, Value>);
-
-impl Fields {
-    fn put(&mut self, field: &Field, value: Value) {
-        let name = if field.name() == "message" {
-            "event"
-        } else {
-            field.name()
-        };
-        self.0.insert(name.to_owned(), value);
+fn level_of(level: &str) -> PyResult<Level> {
+    match level {
+        "debug" => Ok(Level::Debug),
+        "info" => Ok(Level::Info),
+        "warning" => Ok(Level::Warning),
+        "error" => Ok(Level::Error),
+        other => Err(PyValueError::new_err(format!(
+            "unknown log level {other:?}"
+        ))),
     }
 }
 
-impl Visit for Fields {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.put(field, Value::String(format!("{value:?}")));
-    }
-
-    fn record_str(&mut self, field: &Field, value: &str) {
-        self.put(field, Value::from(value));
-    }
-
-    fn record_u64(&mut self, field: &Field, value: u64) {
-        self.put(field, Value::from(value));
-    }
-
-    fn record_i64(&mut self, field: &Field, value: i64) {
-        self.put(field, Value::from(value));
-    }
-
-    fn record_bool(&mut self, field: &Field, value: bool) {
-        self.put(field, Value::from(value));
-    }
-}
-
-impl<S, N> FormatEvent<S, N> for Line
-where
-    S: Subscriber + for<'a> LookupSpan<'a>,
-    N: for<'a> FormatFields<'a> + 'static,
-{
-    fn format_event(
-        &self,
-        _: &FmtContext<'_, S, N>,
-        mut out: Writer<'_>,
-        event: &Event<'_>,
-    ) -> fmt::Result {
-        let mut timestamp = String::new();
-        UtcTime::rfc_3339().format_time(&mut Writer::new(&mut timestamp))?;
-        let level = match *event.metadata().level() {
-            tracing::Level::WARN => "warning".to_owned(),
-            other => other.as_str().to_lowercase(),
-        };
-        let mut fields = Fields(Map::new());
-        event.record(&mut fields);
-        let component = event
-            .metadata()
-            .target()
-            .split("::")
-            .next()
-            .unwrap_or_default();
-        if self.json {
-            for (name, value) in [
-                ("timestamp", timestamp.as_str()),
-                ("level", level.as_str()),
-                ("service", self.service.as_str()),
-                ("component", component),
-            ] {
-                fields.0.insert(name.to_owned(), Value::from(value));
-            }
-            return writeln!(out, "{}", Value::Object(fields.0));
-        }
-        let text = fields.0.remove("event").unwrap_or_default();
-        let mut rest = String::new();
-        for (name, value) in &fields.0 {
-            write!(rest, " {name}={value}")?;
-        }
-        let text = text.as_str().unwrap_or_default();
-        writeln!(
-            out,
-            "{timestamp} [{level:<8}] {text} component={component} service={}{rest}",
-            self.service
-        )
-    }
-}
-
-/// Sends the log lines of this extension to stderr, in the form of the Python side. The first call counts.
+/// Sends the log lines of this process to standard error, or to `file`, from a queue that nobody waits for.
 ///
-/// `level`: debug, info, warning or error. Raises `ValueError` for another word.
+/// `level`: of the extension's own lines. `unblock`: no other write to standard output and standard error waits either. `window_s`: repetitions are summed up this often (seconds). `max_bytes`,
+/// `max_age_s` (0: any), `keep`: when the file is set aside, and how many are kept. Raises `ValueError` for an unknown
+/// level, `OSError` for a file that cannot be opened.
 #[pyfunction]
-pub(crate) fn init_logging(service: String, level: &str, json: bool) -> PyResult<()> {
-    let level = match level {
-        "debug" => LevelFilter::DEBUG,
-        "info" => LevelFilter::INFO,
-        "warning" => LevelFilter::WARN,
-        "error" => LevelFilter::ERROR,
-        other => {
-            return Err(PyValueError::new_err(format!(
-                "unknown log level {other:?}"
-            )));
-        }
+#[pyo3(signature = (service, level, *, json, unblock=false, window_s=60.0, file=None, max_bytes=0, max_age_s=0, keep=0))]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is named where it is called"
+)]
+pub(crate) fn init_logging(
+    service: String,
+    level: &str,
+    json: bool,
+    unblock: bool,
+    window_s: f64,
+    file: Option<PathBuf>,
+    max_bytes: u64,
+    max_age_s: u64,
+    keep: usize,
+) -> PyResult<()> {
+    let level = match level_of(level)? {
+        Level::Debug => LevelFilter::DEBUG,
+        Level::Info => LevelFilter::INFO,
+        Level::Warning => LevelFilter::WARN,
+        Level::Error => LevelFilter::ERROR,
     };
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(std::io::stderr)
-        // It would be reported on stderr, and panic there, when stderr is what nobody reads any more.
-        .log_internal_errors(false)
-        .event_format(Line { service, json })
-        .finish();
-    // A second call in one process (tests, a reloaded worker) keeps the first subscriber.
-    let _ = tracing::subscriber::set_global_default(subscriber);
+    let max_age = Duration::from_secs(max_age_s);
+    let rotation = Rotation {
+        max_bytes,
+        max_age,
+        keep,
+    };
+    let window = Duration::try_from_secs_f64(window_s)
+        .map_err(|error| PyValueError::new_err(error.to_string()))?;
+    helix_logs::start(Options {
+        form: Form { service, json },
+        level,
+        unblock,
+        file: file.map(|path| (path, rotation)),
+        window,
+    })?;
     Ok(())
+}
+
+/// Queues one line; `text` has no line feed. Never waits: what does not fit is dropped and counted.
+#[pyfunction]
+pub(crate) fn log_line(text: &str) {
+    helix_logs::line(text);
+}
+
+/// Queues what a program prints to standard output (1) or standard error (2), as it is. Never waits.
+#[pyfunction]
+pub(crate) fn log_text(descriptor: i32, text: &str) {
+    let stream = if descriptor == 1 {
+        Stream::Output
+    } else {
+        Stream::Error
+    };
+    helix_logs::text(stream, text);
+}
+
+/// Whether a line of this kind is to be written: the first of a window are, the sum of the others is told at its end.
+///
+/// `what` tells the kinds of one event apart. Raises `ValueError` for an unknown level.
+#[pyfunction]
+pub(crate) fn log_first(
+    level: &str,
+    component: String,
+    event: String,
+    what: String,
+) -> PyResult<bool> {
+    let level = level_of(level)?;
+    Ok(helix_logs::first_of(Kind {
+        level,
+        component,
+        event,
+        what,
+    }))
+}
+
+/// Waits until every line is written, at most `timeout_ms`; false when some are not. Tells the sums of repetitions.
+#[pyfunction]
+pub(crate) fn flush_logs(py: Python<'_>, timeout_ms: u64) -> bool {
+    py.detach(|| helix_logs::flush(Duration::from_millis(timeout_ms)))
+}
+
+/// Lines of this process that were lost because nobody read them, and bytes that wait to be read.
+#[pyfunction]
+pub(crate) fn log_counts() -> (u64, usize) {
+    helix_logs::lost()
+}
+
+/// Starts the log of a forked process, in it: the thread that writes has stayed behind. Raises `OSError`.
+#[pyfunction]
+pub(crate) fn log_forked() -> PyResult<()> {
+    Ok(helix_logs::forked()?)
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helixflow.admin.values import count, day, duration, expiry, money, token_price
+from helixflow.terminal import say
 
 if TYPE_CHECKING:
     from helixflow.admin.operator import Outcome
@@ -355,12 +356,12 @@ def run(options: argparse.Namespace) -> int:
     config = load()
     # What a client notes on its way is for services; a command says itself what went wrong.
     level = "error" if config.log.level in ("info", "warning") else config.log.level
-    log.setup(dataclasses.replace(config.log, level=level), "admin")
+    log.setup(dataclasses.replace(config.log, level=level), "admin", command=True)
     outcome = asyncio.run(_run(config, options))
     if options.json and outcome.data is not None:
-        print(json_text(json.dumps(outcome.data, indent=2, ensure_ascii=False)))
+        say(json_text(json.dumps(outcome.data, indent=2, ensure_ascii=False)))
     elif outcome.text:
-        print(outcome.text)
+        say(outcome.text)
     return outcome.status
 
 

@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from helixflow.terminal import safe
+
 WIDTH = 100
 """Columns of a line where no terminal says how wide it is."""
 GAP = "  "
@@ -26,7 +28,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], empty: str) 
     """The rows under their titles; `empty` when there are none. Texts of others cannot steer the terminal."""
     if not rows:
         return empty
-    lines = [[column.title for column in columns], *([clean(cell) for cell in row] for row in rows)]
+    lines = [[column.title for column in columns], *([safe(cell) for cell in row] for row in rows)]
     widths = [max(_width(line[index]) for line in lines) for index in range(len(columns))]
     _shrink(widths, columns)
     return "\n".join(_line(columns, widths, line) for line in lines)
@@ -35,12 +37,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], empty: str) 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
     """One fact a line, the values under each other. Values are whole, however long."""
     width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"{name:<{width}}  {clean(value)}" for name, value in pairs)
-
-
-def clean(text: str) -> str:
-    """The text on one line, with what is not printable replaced."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "\n".join(f"{name:<{width}}  {safe(value)}" for name, value in pairs)
 
 
 def _line(columns: Sequence[Column], widths: Sequence[int], cells: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import asyncpg
 
-from helixflow import log
+from helixflow import log, traces
 from helixflow.core_rs import CoreError, Unavailable
 from helixflow.db.errors import DatabaseError
 from helixflow.errors import StartError
@@ -45,5 +45,5 @@ def database_errors() -> Iterator[None]:
     except CoreError:
         raise
     except _AWAY as error:
-        logger.warning("the database did not answer", error=str(error), kind=type(error).__name__)
+        logger.warning("the database did not answer", error=traces.message_of(error), kind=type(error).__name__)
         raise refusal(Unavailable, "the account database does not answer now; try again") from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import asyncpg
 
-from helixflow import log
+from helixflow import log, traces
 from helixflow.config import DatabaseConfig
 from helixflow.db.errors import DatabaseError
 from helixflow.db.pool import tls_of
@@ -87,7 +87,7 @@ class Events:
                 await self._listen()
                 pause, told, reason = BACKOFF_S[0], "", "the connection ended"
             except (DatabaseError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-                reason = str(error)
+                reason = traces.message_of(error)
             if reason != told:
                 logger.warning("changes of accounts cannot be heard; connecting again", reason=reason)
                 told = reason

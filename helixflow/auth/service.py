@@ -27,6 +27,7 @@ from helixflow.pki.layout import Layout, Role
 from helixflow.process import notify_ready
 from helixflow.refusals import refusal
 from helixflow.rpc.server import Caller, Server
+from helixflow.terminal import say
 
 SERVICE = "auth-service"
 CALLERS = frozenset({"api-gateway"})
@@ -83,7 +84,7 @@ async def _serve_until(stop: asyncio.Event, config: Config) -> int:
         if built.first_password is not None:
             # At once: it exists already, and a start that fails later would lose it. To the operator's eyes only, so on
             # standard output, not in the log.
-            print(_FIRST_START.format(owner=config.auth.owner, password=built.first_password), flush=True)  # noqa: T201
+            say(_FIRST_START.format(owner=config.auth.owner, password=built.first_password), flush=True)
         try:
             await _until(stop, config, built)
         finally:

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from helixflow.terminal import say
+
 READ, WRITE = "r", "w"
 
 
@@ -23,10 +25,10 @@ def main() -> int:
         import helixflow.cli  # noqa: PLC0415
         import helixflow.core_rs  # noqa: F401, PLC0415
     except (ImportError, OSError) as error:
-        print(error)  # noqa: T201
+        say(error)
         return 1
     path = missing(sys.argv[1:])
-    print(path)  # noqa: T201
+    say(path)
     return 1 if path else 0
 
 

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helixflow.terminal import say
+
 if TYPE_CHECKING:
     from helixflow.config import Config
     from helixflow.db.embedded import Embedded
@@ -85,7 +87,7 @@ def _start(options: argparse.Namespace) -> int:
     if options.config:
         os.environ["HELIX_CONFIG"] = options.config
     config = load()
-    log.setup(config.log, "database")
+    log.setup(config.log, "database", command=options.action is not _run)
     try:
         status: int = asyncio.run(options.action(config, options))
     except HelixError as error:
@@ -125,7 +127,7 @@ async def _run(config: "Config", _options: argparse.Namespace) -> int:
         if READY_FD in os.environ:
             notify_ready(dsn)
         else:
-            print(dsn, flush=True)
+            say(dsn, flush=True)
         ended, stopped = asyncio.create_task(server.wait()), asyncio.create_task(stop.wait())
         await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
         failed = ended.done()
@@ -209,10 +211,10 @@ async def _setup(config: "Config", _options: argparse.Namespace) -> int:
     owner = Target.parse(config.database.owner_url) if config.database.owner_url else None
     tls = tls_of(config.database, service)
     for line in await setup.prepare(admin, service, tls_of(config.database, admin), tls, owner):
-        print(line)
+        say(line)
     if owner is None:
-        print("warning: the services' role will own the tables; set HELIX_DATABASE_OWNER_URL to keep the two apart")
-    print("next: helixflow db migrate")
+        say("warning: the services' role will own the tables; set HELIX_DATABASE_OWNER_URL to keep the two apart")
+    say("next: helixflow db migrate")
     return 0
 
 
@@ -222,9 +224,9 @@ async def _migrate(config: "Config", _options: argparse.Namespace) -> int:
     async with _connection(config) as (_, connection):
         done = await roles.upgrade(connection, *await _roles(config, connection))
     for each in done:
-        print(f"applied {each.number:04}_{each.name}")
+        say(f"applied {each.number:04}_{each.name}")
     if not done:
-        print("nothing to do: every migration is applied")
+        say("nothing to do: every migration is applied")
     return 0
 
 
@@ -264,15 +266,15 @@ async def _status(config: "Config", options: argparse.Namespace) -> int:
         "problem": problem,
     }
     if options.json:
-        print(json.dumps(status, indent=2))
+        say(json.dumps(status, indent=2))
     else:
-        print(f"database  {target}{' (embedded)' if not config.database.url else ''}, PostgreSQL {status['server']}")
+        say(f"database  {target}{' (embedded)' if not config.database.url else ''}, PostgreSQL {status['server']}")
         for row in applied:
-            print(f"applied   {row.number:04}_{row.name}  {row.applied_at}  {row.duration_ms} ms")
+            say(f"applied   {row.number:04}_{row.name}  {row.applied_at}  {row.duration_ms} ms")
         for each in todo:
-            print(f"pending   {each.number:04}_{each.name}")
+            say(f"pending   {each.number:04}_{each.name}")
         if problem:
-            print(f"problem   {problem}")
+            say(f"problem   {problem}")
     return 1 if todo or problem else 0
 
 
@@ -282,7 +284,7 @@ async def _backup(config: "Config", options: argparse.Namespace) -> int:
     async with _connection(config) as (_, connection):
         manifest = await backup.backup(connection, options.file)
     rows = sum(table["rows"] for table in manifest["tables"])
-    print(f"{options.file}: {rows} rows of {len(manifest['tables'])} tables, schema {_schema(manifest)}")
+    say(f"{options.file}: {rows} rows of {len(manifest['tables'])} tables, schema {_schema(manifest)}")
     return 0
 
 
@@ -291,8 +293,8 @@ async def _forget_pepper(config: "Config", _options: argparse.Namespace) -> int:
 
     async with _connection(config) as (target, connection), connection.transaction():
         keys, sessions = await forget(connection, config.auth.pepper)
-    print(f"{target}: the pepper is forgotten, {keys} keys are revoked, {sessions} sessions ended")
-    print("next: start the auth-service, then issue keys; `audit verify` can check nothing from before")
+    say(f"{target}: the pepper is forgotten, {keys} keys are revoked, {sessions} sessions ended")
+    say("next: start the auth-service, then issue keys; `audit verify` can check nothing from before")
     return 0
 
 
@@ -303,7 +305,7 @@ async def _restore(config: "Config", options: argparse.Namespace) -> int:
         manifest = await backup.restore(connection, options.file, migrate.read())
         await roles.grant(connection, *await _roles(config, connection))
     rows = sum(table["rows"] for table in manifest["tables"])
-    print(f"{target}: {rows} rows of {manifest['created']} restored, schema {_schema(manifest)}")
+    say(f"{target}: {rows} rows of {manifest['created']} restored, schema {_schema(manifest)}")
     return 0
 
 

@@ -16,6 +16,7 @@ from helixflow.engine.kinds import (
     TENSORRT_MAX_LEN,
 )
 from helixflow.errors import HelixError
+from helixflow.terminal import say
 
 if TYPE_CHECKING:
     from helixflow.engine.manifest import Manifest
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 SELFTESTED: "tuple[Compute, ...]" = ("fp16", "bf16")
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parser(subparsers: Any) -> None:
     """Adds the `engine` command; its namespace goes to `run`."""
     parser = subparsers.add_parser("engine", help="build, list and verify engines", description="Built engines.")
     commands = parser.add_subparsers(dest="engine_command", required=True, metavar="COMMAND")
@@ -100,7 +101,7 @@ def _build(args: argparse.Namespace, root: Path) -> int:
     if args.json:
         _print_json({"directory": str(built.directory), "cached": built.cached, **built.manifest.to_json()})
     else:
-        print(f"{built.directory} ({'was there already' if built.cached else 'built'})")
+        say(f"{built.directory} ({'was there already' if built.cached else 'built'})")
     return 0
 
 
@@ -137,7 +138,7 @@ def _selftest(args: argparse.Namespace, root: Path) -> int:
         for result in run_selftest(Toolkit(), args.backend, args.device, root, compute):
             results.append(result)
             if not args.json:
-                print(result, flush=True)
+                say(result, flush=True)
     if args.json:
         _print_json([result.to_json() for result in results])
     return 0 if any(result.passed for result in results) else 1
@@ -145,7 +146,7 @@ def _selftest(args: argparse.Namespace, root: Path) -> int:
 
 def _complain(result: "Result") -> None:
     if not result.passed:
-        print(result, file=sys.stderr)
+        say(result, file=sys.stderr)
 
 
 def _list(args: argparse.Namespace, root: Path) -> int:
@@ -156,11 +157,11 @@ def _list(args: argparse.Namespace, root: Path) -> int:
     for directory, manifest in engines:
         size = _size(directory, manifest) / 2**20
         parameters = manifest.shapes["parameters"] / 1e6
-        print(f"{manifest.model}  {manifest.key}  {parameters:.1f} M parameters  {size:.1f} MiB  {directory}")
+        say(f"{manifest.model}  {manifest.key}  {parameters:.1f} M parameters  {size:.1f} MiB  {directory}")
     for problem in damaged:
-        print(f"damaged: {problem}")
+        say(f"damaged: {problem}")
     if not engines and not damaged:
-        print(f"no engines in {root}: build one with `helixflow engine build MODEL_DIR`")
+        say(f"no engines in {root}: build one with `helixflow engine build MODEL_DIR`")
     return 0
 
 
@@ -172,19 +173,19 @@ def _show(args: argparse.Namespace, root: Path) -> int:
     if args.json:
         _print_json({"directory": str(directory), **manifest.to_json()})
         return 0
-    print(f"{directory}\nmodel      {manifest.model}\nengine     {manifest.recipe.kind}")
-    print(f"precision  {manifest.precision}\ndevice     {manifest.device or 'not bound to one'}")
-    print(f"slots      {manifest.slots or 'chosen at load'}\nmax-len    {manifest.max_len or 'chosen at load'}")
-    print(f"build      {manifest.command(directory)}")
+    say(f"{directory}\nmodel      {manifest.model}\nengine     {manifest.recipe.kind}")
+    say(f"precision  {manifest.precision}\ndevice     {manifest.device or 'not bound to one'}")
+    say(f"slots      {manifest.slots or 'chosen at load'}\nmax-len    {manifest.max_len or 'chosen at load'}")
+    say(f"build      {manifest.command(directory)}")
     for title in ("options", "versions", "shapes", "files"):
         values: dict[str, Any] = getattr(manifest, title)
         if values:
-            print(title)
+            say(title)
         for name, value in values.items():
-            print(f"  {name:<26}{value}")
-    print("sources")
+            say(f"  {name:<26}{value}")
+    say("sources")
     for name, source in manifest.sources.items():
-        print(f"  {name:<26}{source.sha256}  {source.size} bytes")
+        say(f"  {name:<26}{source.sha256}  {source.size} bytes")
     return 0
 
 
@@ -203,9 +204,9 @@ def _verify(args: argparse.Namespace, root: Path) -> int:
         _print_json(results)
     else:
         for result in results:
-            print(f"ok       {result['directory']}" if result["ok"] else f"DAMAGED  {result['error']}")
+            say(f"ok       {result['directory']}" if result["ok"] else f"DAMAGED  {result['error']}")
         if not results:
-            print(f"no engines in {root}")
+            say(f"no engines in {root}")
     return 0 if all(result["ok"] for result in results) else 1
 
 
@@ -266,4 +267,4 @@ def _size(directory: Path, manifest: "Manifest") -> int:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    say(json.dumps(value, indent=2))

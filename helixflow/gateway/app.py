@@ -22,6 +22,9 @@ HSTS = (b"strict-transport-security", b"max-age=31536000")
 
 logger = log.get("gateway")
 
+HEALTH = frozenset({"/health", "/live", "/ready"})
+"""Routes that are asked every few seconds, by machines."""
+
 
 VIEWER = "viewer"
 """The role that reads only: its keys may not spend anything."""
@@ -62,6 +65,7 @@ class Gateway:
         if not config.development:
             # In development the host is localhost, whose other ports the header would bind too.
             headers.append(HSTS)
+        self._log_health = config.log.health
         self._limits = Limits(config.gateway.max_body_bytes, tuple(headers))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,6 +108,11 @@ class Gateway:
         await request.respond(error.http_status, envelope(error), headers=headers)
 
     def _log(self, request: Request) -> None:
+        if request.route in HEALTH and request.status < 400 and not self._log_health:
+            return
+        if request.status >= 400:
+            # Whoever sends what is refused decides how often: repetitions are summed up per address and status.
+            request.facts["address"] = request.client or "unknown"
         logger.info(
             "request",
             request_id=request.id,

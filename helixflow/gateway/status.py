@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from helixflow.core_rs import PermissionDenied
+from helixflow.core_rs import PermissionDenied, log_counts
 from helixflow.gateway.accounting import Metered
 from helixflow.gateway.credentials import Credentials
 from helixflow.gateway.http import Request
@@ -42,6 +42,7 @@ class Status:
         await request.respond(200, orjson.dumps(self._counters()), headers=[(b"cache-control", b"no-store")])
 
     def _counters(self) -> dict[str, Any]:
+        lost, waiting = log_counts()
         return {
             "requests": dict(self._metered.counts),
             "ledger": {
@@ -56,4 +57,5 @@ class Status:
                 "served_from_grace": self._credentials.served_from_grace,
             },
             "limits": {"fallbacks": self._limiter.fallbacks, "gateways": self._limiter.gateways},
+            "log": {"lines_lost": lost, "bytes_waiting": waiting},
         }

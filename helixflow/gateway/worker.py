@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -132,7 +131,7 @@ def run(config: Config, listener: socket.socket, control: socket.socket, parent:
     except Exception:
         logger.exception("worker failed")
     finally:
-        logging.shutdown()
+        log.flush()
         # Connections that nobody reads keep Granian's threads alive; nothing is left to wait for.
         os._exit(status)
 

@@ -5,6 +5,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from helixflow.terminal import say
+
 if TYPE_CHECKING:
     from helixflow.config import Config
     from helixflow.ledger.rejected import Resent
@@ -38,12 +40,12 @@ def _resend(options: argparse.Namespace) -> int:
     if options.config:
         os.environ["HELIX_CONFIG"] = options.config
     config = load()
-    log.setup(dataclasses.replace(config.log, level="error"), "ledger")
+    log.setup(dataclasses.replace(config.log, level="error"), "ledger", command=True)
     done = asyncio.run(_run(config))
     if options.json:
-        print(json.dumps(dataclasses.asdict(done)))
+        say(json.dumps(dataclasses.asdict(done)))
     else:
-        print(f"sent {done.sent}, refused again {done.refused}, unreadable {done.unreadable}")
+        say(f"sent {done.sent}, refused again {done.refused}, unreadable {done.unreadable}")
     return 1 if done.refused or done.unreadable else 0
 
 

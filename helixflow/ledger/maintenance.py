@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import asyncpg
 
-from helixflow import log
+from helixflow import log, traces
 from helixflow.config import LedgerConfig
 from helixflow.db.errors import DatabaseError
 from helixflow.db.pool import Pool
@@ -50,7 +50,7 @@ async def run(pool: Pool, options: LedgerConfig, chain_key: bytes, audit_keep_da
             logger.error("nothing of the audit log is removed: it was tampered with", error=str(error))
             await asyncio.sleep(EVERY_S)
         except (DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-            logger.warning("the ledger's maintenance failed and will be tried again", error=str(error))
+            logger.warning("the ledger's maintenance failed and will be tried again", error=traces.message_of(error))
             await asyncio.sleep(RETRY_S)
         else:
             await asyncio.sleep(EVERY_S)

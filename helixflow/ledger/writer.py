@@ -8,7 +8,7 @@ from typing import Any, Final
 import asyncpg
 import msgspec
 
-from helixflow import log
+from helixflow import log, traces
 from helixflow.core_rs import InvalidRequest, Unavailable
 from helixflow.db.errors import DatabaseError
 from helixflow.db.pool import Pool
@@ -140,9 +140,13 @@ class Writer:
                 else:
                     break
         except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
-            raise refusal(InvalidRequest, f"The database refuses a record of the batch: {error}.", "records") from None
+            raise refusal(
+                InvalidRequest, f"The database refuses a record of the batch: {traces.message_of(error)}.", "records"
+            ) from None
         except (DatabaseError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, _GoneError) as error:
-            logger.warning("rows could not be written; the gateway keeps them", spool=spool, error=str(error))
+            logger.warning(
+                "rows could not be written; the gateway keeps them", spool=spool, error=traces.message_of(error)
+            )
             raise refusal(Unavailable, "The ledger's database is not available now. Try again later.") from None
         if self._note is not None:
             await self._note((row.key, row.at_us) for row in rows.values())

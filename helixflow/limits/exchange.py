@@ -5,7 +5,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import chain
 
-from helixflow import log
+from helixflow import log, traces
 from helixflow.core_rs import CoreError
 from helixflow.limits.counters import Counter
 from helixflow.limits.model import Metric
@@ -236,7 +236,7 @@ class Exchange:
         if not self.away:
             self.away = True
             self.fallbacks += 1
-            reason = str(error) or type(error).__name__
+            reason = traces.message_of(error) or type(error).__name__
             level = logger.warning if isinstance(error, (CoreError, TimeoutError, OSError)) else logger.error
             level("limits are counted by this gateway alone", error=reason, gateways=self.gateways)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from helixflow.pki import passphrase
 from helixflow.pki.errors import PkiError
 from helixflow.pki.layout import Layout
+from helixflow.terminal import say
 
 if TYPE_CHECKING:
     from helixflow.pki.keys import KeyType
@@ -148,7 +149,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         status: int = options.command(Layout(directory, place, passphrase.find(words)), options)
     except PkiError as error:
-        print(f"helixflow pki: {error}", file=sys.stderr)
+        say(f"helixflow pki: {error}", file=sys.stderr)
         return error.exit_status
     return status
 
@@ -217,7 +218,8 @@ def _key_type(options: argparse.Namespace) -> "KeyType | None":
 def _progress(finished: int, total: int) -> None:
     if sys.stderr.isatty():
         end = "\n" if finished == total else ""
-        print(f"\rgenerating keys: {finished} of {total}", end=end, file=sys.stderr, flush=True)
+        sys.stderr.write("\r")
+        say(f"generating keys: {finished} of {total}", end=end, file=sys.stderr, flush=True)
 
 
 def _init(layout: Layout, options: argparse.Namespace) -> int:
@@ -235,12 +237,12 @@ def _init(layout: Layout, options: argparse.Namespace) -> int:
         progress=_progress,
     )
     for path in made:
-        print(f"made {path}")
+        say(f"made {path}")
     if not made:
-        print(f"nothing to do: every file is in {layout.directory} already")
+        say(f"nothing to do: every file is in {layout.directory} already")
     if options.san and not any(path.suffix == ".crt" for path in made):
         names = " ".join(f"--san {name}" for name in options.san)
-        print(f"certificates that exist keep their names; to add some: helixflow pki renew --all {names}")
+        say(f"certificates that exist keep their names; to add some: helixflow pki renew --all {names}")
     return 0
 
 
@@ -250,7 +252,7 @@ def _issue(layout: Layout, options: argparse.Namespace) -> int:
     for path in issue.issue(
         layout, options.name, key_type=_key_type(options), san=options.san, days=options.days, progress=_progress
     ):
-        print(f"made {path}")
+        say(f"made {path}")
     return 0
 
 
@@ -276,11 +278,11 @@ def _renew(layout: Layout, options: argparse.Namespace) -> int:
     else:
         replaced = rotate.renew_due(layout, days=options.days, progress=_progress)
     for pair in replaced:
-        print(f"renewed {pair.cert} and {pair.key.name}")
+        say(f"renewed {pair.cert} and {pair.key.name}")
     if not replaced:
-        print("nothing to renew: no certificate ends that soon")
+        say("nothing to renew: no certificate ends that soon")
     if layout.crl.exists():
-        print(f"the revocation list {layout.crl} is current")
+        say(f"the revocation list {layout.crl} is current")
     return 0
 
 
@@ -293,10 +295,10 @@ def _revoke(layout: Layout, options: argparse.Namespace) -> int:
     serials = [options.serial] if options.name is None else rotate.serials_of(layout, options.name)
     added = rotate.revoke(layout, serials)
     for serial in serials:
-        print(f"{'revoked' if serial in added else 'was revoked before:'} {hex_serial(serial)}")
-    print(f"signed {layout.crl}")
+        say(f"{'revoked' if serial in added else 'was revoked before:'} {hex_serial(serial)}")
+    say(f"signed {layout.crl}")
     if options.name is not None:
-        print(f"to give {options.name} new certificates: helixflow pki renew {options.name}")
+        say(f"to give {options.name} new certificates: helixflow pki renew {options.name}")
     return 0
 
 
@@ -305,8 +307,8 @@ def _permit(layout: Layout, options: argparse.Namespace) -> int:
 
     added = rotate.permit(layout, options.names)
     for name in added:
-        print(f"may certify {name} from now on")
-    print(f"signed {layout.ca_cert}" if added else "nothing to do: the CA may certify all of that already")
+        say(f"may certify {name} from now on")
+    say(f"signed {layout.ca_cert}" if added else "nothing to do: the CA may certify all of that already")
     return 0
 
 
@@ -315,7 +317,7 @@ def _encrypt_ca_key(layout: Layout, options: argparse.Namespace) -> int:
 
     fresh = None if options.decrypt else passphrase.choose(options.new_passphrase_file)
     rotate.encrypt_ca_key(layout, fresh)
-    print(f"stored {layout.ca_key} {'un' if fresh is None else ''}encrypted")
+    say(f"stored {layout.ca_key} {'un' if fresh is None else ''}encrypted")
     return 0
 
 
@@ -323,7 +325,7 @@ def _rotate_tokens(layout: Layout, _options: argparse.Namespace) -> int:
     from helixflow.pki import issue
 
     for path in issue.rotate_tokens(layout, progress=_progress):
-        print(f"replaced {path}")
+        say(f"replaced {path}")
     return 0
 
 
@@ -342,7 +344,7 @@ def _verify(layout: Layout, options: argparse.Namespace) -> int:
             for item in report.findings
         ]
         checked = [str(path) for path in report.checked]
-        print(
+        say(
             json.dumps(
                 {"ok": report.ok, "directory": str(layout.directory), "checked": checked, "findings": findings},
                 indent=2,
@@ -352,12 +354,12 @@ def _verify(layout: Layout, options: argparse.Namespace) -> int:
     failed = {item.file for item in report.findings if not item.warning}
     for path in report.checked:
         if path not in failed:
-            print(f"ok       {path}")
+            say(f"ok       {path}")
     for item in report.findings:
         stream = sys.stdout if item.warning else sys.stderr
-        print(f"{'warning' if item.warning else 'FAILED '}  {item.file}: {item.reason}", file=stream)
+        say(f"{'warning' if item.warning else 'FAILED '}  {item.file}: {item.reason}", file=stream)
         if item.hint:
-            print(f"         {item.hint}", file=stream)
+            say(f"         {item.hint}", file=stream)
     return 0 if report.ok else 1
 
 
@@ -368,20 +370,20 @@ def _show(layout: Layout, options: argparse.Namespace) -> int:
 
     described = show(layout, options.name)
     if options.json:
-        print(json.dumps([dataclasses.asdict(each) for each in described], indent=2))
+        say(json.dumps([dataclasses.asdict(each) for each in described], indent=2))
         return 0
     for number, each in enumerate(described):
         if number:
-            print()
-        print(each.file)
-        print(f"  subject      {each.subject}")
-        print(f"  issuer       {each.issuer}")
-        print(f"  serial       {each.serial}")
-        print(f"  sha256       {each.sha256}")
-        print(f"  valid        {each.not_before} to {each.not_after} ({each.days_left} days left)")
-        print(f"  key          {each.key_type}")
+            say()
+        say(each.file)
+        say(f"  subject      {each.subject}")
+        say(f"  issuer       {each.issuer}")
+        say(f"  serial       {each.serial}")
+        say(f"  sha256       {each.sha256}")
+        say(f"  valid        {each.not_before} to {each.not_after} ({each.days_left} days left)")
+        say(f"  key          {each.key_type}")
         if each.purposes:
-            print(f"  purpose      {', '.join(each.purposes)}")
+            say(f"  purpose      {', '.join(each.purposes)}")
         for name in each.names:
-            print(f"  name         {name}")
+            say(f"  name         {name}")
     return 0

@@ -13,7 +13,8 @@ class DatabaseConfig:
 
     url: Secret = option(Secret(), "postgresql://user:password@host:port/database; empty: the embedded server")
     owner_url: Secret = option(
-        Secret(), "URL of the role that owns the tables, which url's then does not; `helixflow db` and `serve` migrate with it"
+        Secret(),
+        "URL of the role that owns the tables, which url's then does not; `helixflow db` and `serve` migrate with it",
     )
     admin_url: Secret = option(Secret(), "URL of an administrator; only `helixflow db setup` uses it")
     tls: str = option(

@@ -73,5 +73,5 @@ def shell(service: Scripted, pki: Layout, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setenv("HELIX_AUTH_LISTEN", service.address)
     monkeypatch.delenv("SUDO_USER", raising=False)
     # It would tie the loggers of the whole test process to the stream that this test captures.
-    monkeypatch.setattr(log, "setup", lambda *_arguments: None)
+    monkeypatch.setattr(log, "setup", lambda *_arguments, **_options: None)
     return Shell(capsys)

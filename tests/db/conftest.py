@@ -16,7 +16,7 @@ from .support import DEBIAN, OPERATOR, PASSWORD, ROOT, Loop, Server, folder
 @pytest.fixture(autouse=True)
 def _no_log_setup(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command run in this process would tie the log to a captured stream that ends with its test."""
-    monkeypatch.setattr("helixflow.log.setup", lambda *_: None)
+    monkeypatch.setattr("helixflow.log.setup", lambda *_, **_options: None)
 
 
 @pytest.fixture(scope="session")
