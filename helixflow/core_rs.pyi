@@ -217,7 +217,7 @@ class Call:
 
     id: int
     accepted: bool
-    """The pool has queued the request. A failure from here on may still come before the first bytes: see `take`."""
+    """The request has a slot. A failure from here on may still come before the first bytes: see `take`."""
     done: bool
     """Everything has been produced; `take()` may still hold the last bytes."""
     prompt_tokens: int | None
@@ -237,7 +237,11 @@ class Call:
         error event and `[DONE]`. While `stream_buffer_bytes` are not taken, the pool parks the call.
         """
     def cancel(self) -> None:
-        """Ends the work at the pool; the call is done at once, as cancelled. Nothing is rendered for it."""
+        """Ends the work at the pool. Nothing is rendered for it any more.
+
+        The call is done, as cancelled, at once while it has no slot; else when the pool has told its counts, or after a
+        second.
+        """
 
 @final
 class ModelInfo:
@@ -260,6 +264,8 @@ class PoolInfo:
     """Sequences, of all its clients, that have a slot; `queued` ones wait for it. As the pool last told."""
     queued: int
     last_error: str | None
+    reason: str
+    """Why it is not ready, as it last told: `engine_loading`, `engine_failed`, `engine_stuck`, `draining`; or empty."""
 
 @final
 class PoolClient:
@@ -276,7 +282,7 @@ class PoolClient:
         expect_service: str = "inference-pool",
         connect_timeout_ms: int = 2000,
         threads: int = 1,
-        stream_buffer_bytes: int = 65536,
+        stream_buffer_bytes: int = 16384,
     ) -> PoolClient:
         """Connects in the background and looks at the certificate files every second.
 
@@ -313,8 +319,16 @@ class PoolClient:
         wake_accepted: bool = False,
     ) -> Call:
         """Starts a text completion, as `chat`."""
-    def tokenize(self, model: str, prompt: Prompt, *, request_id: str, add_special_tokens: bool = True) -> Call: ...
-    def detokenize(self, model: str, ids: list[int], *, request_id: str) -> Call: ...
+    def tokenize(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        request_id: str,
+        add_special_tokens: bool = True,
+        timeout_ms: int = 30_000,
+    ) -> Call: ...
+    def detokenize(self, model: str, ids: list[int], *, request_id: str, timeout_ms: int = 30_000) -> Call: ...
     def models(self) -> list[ModelInfo]:
         """Models of the pools that are ready now, each once."""
     def pools(self) -> list[PoolInfo]:
@@ -532,6 +546,7 @@ class PoolOptions:
         step_tokens: int = 512,
         stream_frames: int = 64,
         stall_timeout_ms: int = 60_000,
+        stall_yield_ms: int = 2000,
         default_timeout_ms: int = 120_000,
         prefix_reuse: bool = True,
         shared_prefixes: list[str] = ...,
@@ -556,6 +571,17 @@ class PoolStats:
     requests_failed: int
 
 @final
+class Stuck:
+    """An engine thread that stands still."""
+
+    stood_s: float
+    """How long the step has taken so far."""
+    limit_s: float
+    """How long it might have taken."""
+    tokens: int
+    """Of the step."""
+
+@final
 class Pool:
     """Text, scheduler and gRPC server of one model; the engine is a Python object."""
 
@@ -577,6 +603,15 @@ class Pool:
         EngineFailed and all others with Unavailable, and is raised; so is EngineFailed when `step` returns an array of
         the wrong shape, type or layout, or a token for a row that is `on_host`. The pool is not ready then until `run`
         is called again.
+        """
+
+    def watch(self, step_timeout_ms: int) -> Stuck | None:
+        """Blocks until the pool is stopped (None), or until the engine thread stands still.
+
+        Then the pool is not ready, every request has ended as EngineFailed, and the caller must replace the process.
+        When it cannot even be told, because the engine holds the GIL, the process dumps its stacks and aborts.
+        `step_timeout_ms`: what no step may take; one that computes no more than others before it may take ten times as
+        long as these, and 6 s in any case.
         """
 
     def drain(self) -> None:

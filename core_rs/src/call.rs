@@ -21,6 +21,7 @@ pub(crate) struct Shared {
     ready: Arc<Ready<Arc<Shared>>>,
     state: Mutex<State>,
     drained: Notify,
+    cancelled: Notify,
     /// Unread bytes at which the task stops reading from the pool.
     limit: usize,
     started: Instant,
@@ -30,12 +31,21 @@ pub(crate) struct Shared {
 struct State {
     buffer: Vec<u8>,
     accepted: bool,
-    done: bool,
+    life: Life,
     /// The task waits until the buffer is taken.
     stalled: bool,
     pool: Option<Arc<str>>,
     progress: Progress,
     finish: Finish,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Life {
+    #[default]
+    Runs,
+    /// Nobody wants the rest; the task fetches the counts.
+    WindsUp,
+    Done,
 }
 
 /// What has arrived of a call; all that is known of one that does not reach its usage frame.
@@ -84,6 +94,15 @@ impl Finish {
         }
     }
 
+    /// The caller has ended it.
+    pub(crate) fn cancelled() -> Self {
+        Self {
+            reason: Some("cancelled"),
+            code: Some(Code::Cancelled),
+            ..Self::default()
+        }
+    }
+
     /// An error before any byte.
     pub(crate) fn failed(error: CoreError) -> Self {
         let reason = if error.code == Code::Cancelled {
@@ -113,6 +132,7 @@ impl Shared {
             ready,
             state: Mutex::default(),
             drained: Notify::new(),
+            cancelled: Notify::new(),
             limit,
             started: Instant::now(),
         })
@@ -121,10 +141,10 @@ impl Shared {
     /// Ends the call unless it has ended; true when this did it.
     fn end(&self, finish: Finish, out: Vec<u8>) -> bool {
         let mut state = self.state.lock();
-        if state.done {
+        if state.life == Life::Done {
             return false;
         }
-        state.done = true;
+        state.life = Life::Done;
         state.progress.total = self.started.elapsed();
         state.finish = finish;
         append(&mut state.buffer, out);
@@ -184,7 +204,7 @@ impl Running {
     pub(crate) async fn publish(&self, out: &mut Vec<u8>) {
         let stalled = {
             let mut state = self.0.state.lock();
-            if state.done {
+            if state.life != Life::Runs {
                 out.clear();
                 return;
             }
@@ -203,6 +223,11 @@ impl Running {
             // One permit for one take: `stalled` is reset before it is given.
             self.0.drained.notified().await;
         }
+    }
+
+    /// Completes when nobody wants the rest any more.
+    pub(crate) async fn cancelled(&self) {
+        self.0.cancelled.notified().await;
     }
 
     /// The call has ended; `out` holds its last bytes.
@@ -241,14 +266,26 @@ impl Call {
     }
 
     fn stop(&self) -> bool {
-        let cancelled = Finish {
-            reason: Some("cancelled"),
-            code: Some(Code::Cancelled),
-            ..Finish::default()
-        };
-        let ended = self.shared.end(cancelled, Vec::new());
+        let ended = self.shared.end(Finish::cancelled(), Vec::new());
         self.task.abort();
         ended
+    }
+
+    /// Lets the task end a call that has a slot: the pool knows what it has generated.
+    fn wind_up(&self) -> bool {
+        let mut state = self.shared.state.lock();
+        if !state.accepted || state.life != Life::Runs {
+            return state.life == Life::WindsUp;
+        }
+        state.life = Life::WindsUp;
+        state.buffer = Vec::new();
+        let stalled = std::mem::take(&mut state.stalled);
+        drop(state);
+        self.shared.cancelled.notify_one();
+        if stalled {
+            self.shared.drained.notify_one();
+        }
+        true
     }
 }
 
@@ -266,13 +303,14 @@ impl Call {
 
     #[getter]
     fn done(&self) -> bool {
-        self.shared.state.lock().done
+        self.shared.state.lock().life == Life::Done
     }
 
     #[getter]
     fn usage(&self) -> Option<Usage> {
         let state = self.shared.state.lock();
-        let arrived = || state.done.then(|| state.progress.usage()).flatten();
+        let done = state.life == Life::Done;
+        let arrived = || done.then(|| state.progress.usage()).flatten();
         state.finish.usage.or_else(arrived).map(Usage::from)
     }
 
@@ -324,7 +362,7 @@ impl Call {
 
     /// Ends the work at the pool.
     fn cancel(&self) {
-        if self.stop() {
+        if !self.wind_up() && self.stop() {
             self.shared.ready.mark(&self.shared);
         }
     }

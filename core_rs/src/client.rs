@@ -21,6 +21,10 @@ use crate::tls::TlsFiles;
 use info::{ModelInfo, PoolInfo};
 use request::{GenerateRequest, Prompt};
 
+/// Unread bytes of one call that a pool may send ahead. A streamed token is a message of some 16 bytes, so these are
+/// about 250 tokens; larger messages pass in several pieces.
+const STREAM_WINDOW: u32 = 4096;
+
 /// Calls to a set of inference pools: least outstanding work first, failing ones ejected.
 #[pyclass(frozen, module = "helixflow.core_rs")]
 pub(crate) struct PoolClient {
@@ -34,6 +38,7 @@ impl PoolClient {
         let outgoing = Outgoing::start("helix-client", settings)?;
         let options = Options {
             connect_timeout: settings.connect_timeout,
+            stream_window: STREAM_WINDOW,
             ..Options::default()
         };
         let inside = outgoing.enter();
@@ -97,7 +102,7 @@ impl PoolClient {
     #[new]
     #[pyo3(signature = (
         addresses, tls, *, expect_service="inference-pool", connect_timeout_ms=2000, threads=1,
-        stream_buffer_bytes=65536
+        stream_buffer_bytes=16384
     ))]
     fn new(
         py: Python<'_>,
@@ -190,13 +195,14 @@ impl PoolClient {
     }
 
     /// Text or chat to token ids.
-    #[pyo3(signature = (model, prompt, *, request_id, add_special_tokens=true))]
+    #[pyo3(signature = (model, prompt, *, request_id, add_special_tokens=true, timeout_ms=30_000))]
     fn tokenize(
         &self,
         model: String,
         prompt: &Prompt,
         request_id: String,
         add_special_tokens: bool,
+        timeout_ms: u64,
     ) -> PyResult<Call> {
         let shared = self.open()?;
         let message = v1::TokenizeRequest {
@@ -208,21 +214,27 @@ impl PoolClient {
             call::Running::new(Arc::clone(&shared)),
             self.set.caller(),
             message,
-            request_id,
+            (request_id, Duration::from_millis(timeout_ms)),
         );
         Ok(Call::new(shared, self.outgoing.spawn(work)))
     }
 
     /// Token ids to text.
-    #[pyo3(signature = (model, ids, *, request_id))]
-    fn detokenize(&self, model: String, ids: Vec<u32>, request_id: String) -> PyResult<Call> {
+    #[pyo3(signature = (model, ids, *, request_id, timeout_ms=30_000))]
+    fn detokenize(
+        &self,
+        model: String,
+        ids: Vec<u32>,
+        request_id: String,
+        timeout_ms: u64,
+    ) -> PyResult<Call> {
         let shared = self.open()?;
         let message = v1::DetokenizeRequest { model, tokens: ids };
         let work = drive::detokenize(
             call::Running::new(Arc::clone(&shared)),
             self.set.caller(),
             message,
-            request_id,
+            (request_id, Duration::from_millis(timeout_ms)),
         );
         Ok(Call::new(shared, self.outgoing.spawn(work)))
     }

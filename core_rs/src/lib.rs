@@ -51,6 +51,7 @@ fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pool::Sampling>()?;
     module.add_class::<pool::PoolOptions>()?;
     module.add_class::<pool::PoolStats>()?;
+    module.add_class::<pool::Stuck>()?;
     module.add_class::<pool::Pool>()?;
     Ok(())
 }

@@ -5,7 +5,7 @@ mod options;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use helix_pool::RunError;
@@ -18,7 +18,7 @@ use pyo3::prelude::*;
 use tokio::runtime::Runtime;
 
 pub(crate) use engine::{Batch, Sampling};
-pub(crate) use options::{PoolOptions, PoolStats};
+pub(crate) use options::{PoolOptions, PoolStats, Stuck};
 
 use crate::errors::to_py;
 use crate::runtime;
@@ -30,6 +30,13 @@ const WATCH_FILES: Duration = Duration::from_secs(1);
 const PULSE: Duration = Duration::from_millis(250);
 /// Time for the last frames to leave when the pool stops.
 const LAST_FRAMES: Duration = Duration::from_secs(2);
+
+/// Time for Python to hear that its engine thread stands still. It does not when that thread holds the GIL.
+const GIL_WAIT: Duration = Duration::from_secs(2);
+/// Time for the interpreter to dump its stacks.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Exit status of a process whose engine has failed (`EX_SOFTWARE`).
+const FAILED: i32 = 70;
 
 /// Text, scheduler and gRPC server of one model; the engine is a Python object.
 #[pyclass(frozen, module = "helixflow.core_rs")]
@@ -115,6 +122,21 @@ impl Pool {
             })
     }
 
+    /// Blocks until the pool is stopped, or until the engine thread stands still.
+    fn watch(&self, py: Python<'_>, step_timeout_ms: u64) -> Option<Stuck> {
+        let heard = Arc::new(AtomicBool::new(false));
+        let stuck = py.detach(|| {
+            let stuck = self.inner.watch(Duration::from_millis(step_timeout_ms));
+            if stuck.is_some() {
+                let heard = Arc::clone(&heard);
+                std::thread::spawn(move || unless_heard(&heard));
+            }
+            stuck
+        });
+        heard.store(true, Ordering::Release);
+        stuck.map(Stuck::from)
+    }
+
     fn drain(&self) {
         self.inner.drain();
     }
@@ -167,6 +189,31 @@ async fn count(pulse: Arc<AtomicU64>) {
         ticks.tick().await;
         pulse.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// Ends the process when Python has not heard in time that it must: SIGABRT lets faulthandler dump every stack.
+fn unless_heard(heard: &AtomicBool) {
+    std::thread::sleep(GIL_WAIT);
+    if heard.load(Ordering::Acquire) {
+        return;
+    }
+    // Words that nobody reads would hold the process up.
+    std::thread::spawn(|| {
+        std::thread::sleep(LAST_WORDS);
+        exit_now();
+    });
+    tracing::error!("the engine stands still and holds the interpreter; the process ends");
+    std::process::abort();
+}
+
+/// Ends the process without waiting for anybody.
+#[allow(
+    unsafe_code,
+    reason = "the standard library runs exit handlers, which may wait"
+)]
+fn exit_now() -> ! {
+    // SAFETY: it takes no pointers and does not return.
+    unsafe { libc::_exit(FAILED) }
 }
 
 impl Drop for Pool {

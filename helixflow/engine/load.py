@@ -42,6 +42,7 @@ def load_engine(  # noqa: PLR0913 - every option is a keyword with a default
     engines: Path | None = None,
     script_step_s: float = 0.0,
     script_tokens: int = 0,
+    script_hang_step: int = 0,
     progress: Progress = silent,
     toolkit: "Toolkit | None" = None,
 ) -> Engine:
@@ -55,7 +56,12 @@ def load_engine(  # noqa: PLR0913 - every option is a keyword with a default
     """
     if kind == "scripted":
         return ScriptedEngine.from_model(
-            path, slots=slots or DEFAULT_SLOTS, max_len=max_len, step_s=script_step_s, tokens=script_tokens
+            path,
+            slots=slots or DEFAULT_SLOTS,
+            max_len=max_len,
+            step_s=script_step_s,
+            tokens=script_tokens,
+            hang_at_step=script_hang_step - 1 if script_hang_step else None,
         )
     wanted = Recipe(kind, provider, precision, slots, max_len, attention, chunk_tokens, device=device)
     wanted.check()

@@ -76,13 +76,18 @@ class ScriptedEngine:
         step_s: float = 0.0,
         gate: Gate | None = None,
         fail_at_step: int | None = None,
+        hang_at_step: int | None = None,
     ) -> None:
-        """`step_s`: least duration of a step (seconds). `fail_at_step`: that step (from 0) raises EngineError."""
+        """`step_s`: least duration of a step (seconds). `fail_at_step`: that step (from 0) raises EngineError.
+
+        `hang_at_step`: that step (from 0) never ends.
+        """
         self._capacity = capacity
         self._script = script
         self._step_s = step_s
         self._gate = gate
         self._fail_at = fail_at_step
+        self._hang_at = hang_at_step
         self._next_position = np.full(capacity.slots, -1, np.int32)
         self._given = np.full(capacity.slots, -1, np.int32)
         self._index = np.zeros(capacity.slots, np.int32)
@@ -117,6 +122,8 @@ class ScriptedEngine:
             self._gate.wait()
         if number == self._fail_at:
             raise EngineError(f"step {number} fails, as the script says")
+        if number == self._hang_at:
+            _hang()
         tokens = self._outputs(batch)
         if self._step_s:
             time.sleep(max(0.0, self._step_s - (time.monotonic() - started)))
@@ -145,6 +152,12 @@ class ScriptedEngine:
         self._given[slots] = np.where(heard, tokens, -1)
         self._next_position[slots] = ends
         return tokens[heard] if bool((wanted <= 1).all()) else np.repeat(tokens, wanted)
+
+
+def _hang() -> None:
+    """Never returns, as a device that does not answer."""
+    while True:
+        time.sleep(3600)
 
 
 def _eos(model_dir: Path, read: Reader) -> int:

@@ -9,14 +9,12 @@ from helixflow.core_rs import Call, CoreError
 from helixflow.gateway.auth import Principal
 from helixflow.gateway.capture import Capture
 from helixflow.gateway.http import Request
-from helixflow.ledger.record import TEXT_MAX, Begin, new_id
+from helixflow.ledger.record import CANCELLED, TEXT_MAX, Begin, new_id
 from helixflow.ledger.spool import Spool
 from helixflow.limits.limiter import Limiter, Reservation
 
 UNTOUCHED = frozenset({"queue_full", "unavailable", "draining"})
 """Refusals of a pool that has not looked at the request: it does not count against requests per minute."""
-NOT_STARTED = "deadline_exceeded"
-"""No slot took the request up in time: it counts as a request, but nothing has read its prompt."""
 
 
 class Prices:
@@ -210,9 +208,9 @@ class Admitted:
             return
         self._ended = True
         code = error.code if error is not None else (call.error_code if call is not None else None) or ""
-        usage = call.usage if call is not None else None
-        if usage is not None and code == NOT_STARTED and not usage.completion_tokens:
-            usage = None
+        if code == CANCELLED and error is None:
+            code = ""  # an end of its own, no error
+        usage = call.usage if call is not None else None  # none without a slot: nothing has read its prompt
         prompt = cached = completion = queue_us = first_us = 0
         if usage is not None:
             prompt, cached, completion = usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens

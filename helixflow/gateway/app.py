@@ -32,7 +32,7 @@ VIEWER = "viewer"
 
 def routes(bridge: Bridge, config: Config, services: Services) -> list[Route]:
     """Every route of the gateway."""
-    health = Health(bridge)
+    health = Health(bridge, services)
     models = Models(bridge)
     inference = Inference(bridge, config.gateway, services.accountant)
     return [

@@ -31,11 +31,15 @@ class Running:
         "_interval",
         "_loop",
         "_receive",
+        "_speaking",
         "_spoke",
+        "_stall_s",
+        "_task",
         "_timer",
         "_woken",
         "call",
         "silent",
+        "stalled",
     )
 
     def __init__(self, bridge: "Bridge", loop: asyncio.AbstractEventLoop, call: Call, receive: Receive) -> None:
@@ -48,8 +52,12 @@ class Running:
         self._woken = False
         self._closed = False
         self._failure: ClientGone | CoreError | None = None
+        self.stalled = False
         self._interval = 0.0
+        self._stall_s = 0.0
+        self._speaking = False
         self._spoke = 0.0
+        self._task: asyncio.Task[Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -67,13 +75,23 @@ class Running:
 
     async def changed(self) -> None:
         """Waits for news of the call. Raises ClientGone, or the error that the gateway ended the call with."""
+        await self._news()
+        if self._failure is not None:
+            raise self._failure
+
+    async def settled(self) -> None:
+        """Ends the call if it still runs, and waits until the pool has told what it counted: a second at most."""
+        if not self.call.done:
+            self.call.cancel()
+        while not self.call.done:
+            await self._news()
+
+    async def _news(self) -> None:
         if not self._woken:
             self._future = self._loop.create_future()
             await self._future
             self._future = None
         self._woken = False
-        if self._failure is not None:
-            raise self._failure
 
     def wake(self) -> None:
         """Lets `changed` return."""
@@ -82,30 +100,49 @@ class Running:
             self._future.set_result(None)
 
     def end(self, reason: ClientGone | CoreError) -> None:
-        """Ends the call: its work is cancelled at once, and `changed` raises the reason."""
+        """Ends the call: its work is cancelled, and `changed` raises the reason at once."""
         if self._failure is None and not self._closed:
             self._failure = reason
             self.call.cancel()
             self.wake()
 
-    def keep_alive(self, interval_s: float) -> None:
-        """From now on wakes the call and sets `silent` whenever `interval_s` seconds passed without `spoke`."""
+    def keep_alive(self, interval_s: float, stall_s: float) -> None:
+        """From now on wakes the call and sets `silent` whenever `interval_s` seconds passed without `spoke`.
+
+        When a client does not take what it is sent for `stall_s` seconds, `stalled` is set and the running task is
+        cancelled: nothing else ends a wait for a reader.
+        """
         self._interval = interval_s
+        self._stall_s = stall_s
+        self._task = asyncio.current_task()
         self._spoke = self._loop.time()
         self._timer = self._loop.call_later(interval_s, self._tick)
 
-    def spoke(self) -> None:
-        """Something was sent to the client."""
+    def speaks(self) -> None:
+        """Something is about to be sent to the client."""
         self.silent = False
+        self._speaking = True
+        self._spoke = self._loop.time()
+
+    def spoke(self) -> None:
+        """The client, or a buffer on the way, has taken it."""
+        self._speaking = False
         self._spoke = self._loop.time()
 
     def _tick(self) -> None:
-        left = self._spoke + self._interval - self._loop.time()
-        if left < 0.001:
+        passed = self._loop.time() - self._spoke
+        left = self._interval - passed
+        if self._speaking:
+            left = self._stall_s - passed
+            if left < 0.001 and self._task is not None:
+                self.stalled = True
+                self._task.cancel()
+                return
+        elif left < 0.001:
             self.silent = True
             self.wake()
             left = self._interval
-        self._timer = self._loop.call_later(left, self._tick)
+        self._timer = self._loop.call_later(max(0.001, min(left, self._interval)), self._tick)
 
     def watch(self) -> None:
         """Notices when the client goes away. After the body, only `receive` tells."""
@@ -175,6 +212,16 @@ class Bridge:
     def models(self) -> list[ModelInfo]:
         """Models of the pools that are ready now."""
         return self._client.models()
+
+    def trouble(self) -> list[str]:
+        """Why no pool takes requests, in codes; empty when one does."""
+        if self._client.models():
+            return []
+        pools = self._client.pools()
+        told = {pool.reason for pool in pools if pool.reason.startswith("engine_")}
+        if any(pool.state == "draining" for pool in pools):
+            told.add("pool_draining")
+        return sorted(told) or ["no_pool"]
 
     def canonical(self, name: str) -> str:
         """The model behind an alias; `name` itself when it is none. At most a second old."""

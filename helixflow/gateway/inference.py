@@ -1,5 +1,6 @@
 """Chat, completions, tokenise, detokenise: a validated body in, the pool's bytes out."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
@@ -8,7 +9,7 @@ import msgspec
 
 from helixflow import log
 from helixflow.config import GatewayConfig
-from helixflow.core_rs import Call, CoreError, GenerateRequest, InvalidRequest, Prompt
+from helixflow.core_rs import Call, CoreError, DeadlineExceeded, GenerateRequest, InvalidRequest, Prompt
 from helixflow.gateway import ignored, schema
 from helixflow.gateway.accounting import Accountant, Admission
 from helixflow.gateway.bridge import Bridge, Running
@@ -57,6 +58,7 @@ class Inference:
         self._keep_alive_s = options.keepalive_s
         self._owners = Owners(options)
         self._strict = options.strict_parameters
+        self._stall_s = options.stall_timeout_s
 
     async def chat(self, request: Request) -> None:
         """POST /v1/chat/completions."""
@@ -124,8 +126,11 @@ class Inference:
             special = body.add_special_tokens
 
         def start(_wake: bool) -> Call:
-            return self._bridge.admit().tokenize(body.model, prompt, request_id=request.id, add_special_tokens=special)
+            return self._bridge.admit().tokenize(
+                body.model, prompt, request_id=request.id, add_special_tokens=special, timeout_ms=timeout_ms
+            )
 
+        timeout_ms = self._timeout(request)
         admission = await self._accountant.admit(request, self._model(request, body.model))
         await self._run(request, admission, start, _whole)
 
@@ -135,8 +140,11 @@ class Inference:
         request.facts["model"] = body.model
 
         def start(_wake: bool) -> Call:
-            return self._bridge.admit().detokenize(body.model, body.tokens, request_id=request.id)
+            return self._bridge.admit().detokenize(
+                body.model, body.tokens, request_id=request.id, timeout_ms=timeout_ms
+            )
 
+        timeout_ms = self._timeout(request)
         admission = await self._accountant.admit(request, self._model(request, body.model))
         await self._run(request, admission, start, _whole)
 
@@ -204,7 +212,7 @@ class Inference:
         """`size` of the body (bytes); `completion`: tokens asked for, or minus the choices that have no maximum."""
         model = self._model(request, body.model)
         admission = await self._accountant.admit(request, model, size // BYTES_PER_TOKEN + 1, completion)
-        await self._run(request, admission, start, self._stream if body.stream else _whole)
+        await self._run(request, admission, start, self._read_stream if body.stream else _whole)
 
     async def _run(self, request: Request, admission: Admission, start: Callable[[bool], Call], answer: Answer) -> None:
         """Runs an admitted request to its end, which the admission hears of whatever it is."""
@@ -215,6 +223,7 @@ class Inference:
                 try:
                     failure = await answer(request, running, admission)
                 finally:
+                    await running.settled()
                     _note(request, running)
         except ClientGone:
             admission.end(CLIENT_GONE, call, finish="cancelled")
@@ -227,10 +236,22 @@ class Inference:
             raise
         admission.end(request.status, call, failure)
 
+    async def _read_stream(self, request: Request, running: Running, admission: Admission) -> CoreError | None:
+        """`_stream`, as long as the client reads it. Raises DeadlineExceeded when it does not."""
+        try:
+            return await self._stream(request, running, admission)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not running.stalled or task is None:
+                raise
+            task.uncancel()
+            message = f"the client has read nothing for {self._stall_s:g} s (gateway.stall_timeout_s), so it was cut"
+            raise refusal(DeadlineExceeded, message) from None
+
     async def _stream(self, request: Request, running: Running, admission: Admission) -> CoreError | None:
         """Passes on what the pool has rendered; returns what ended it early.
 
-        A refusal before the pool has accepted is an HTTP error.
+        Whatever ends it before it has a slot is an HTTP error.
         """
         call = running.call
         while not (call.accepted or call.done):
@@ -241,11 +262,12 @@ class Inference:
         done = call.done
         data = call.take()
         await request.start_events()
-        running.keep_alive(self._keep_alive_s)
+        running.keep_alive(self._keep_alive_s, self._stall_s)
         failure: CoreError | None = None
         try:
             while not done:
                 if data or running.silent:
+                    running.speaks()
                     await request.write(data or KEEP_ALIVE)
                     running.spoke()
                     if capture is not None:
@@ -257,6 +279,7 @@ class Inference:
             failure = error
             request.facts["error"] = error.code
             data = final_event(error)
+        running.speaks()
         await request.write(data, more=False)
         if capture is not None:
             capture.answer(data)

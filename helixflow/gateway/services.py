@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from helixflow import log
@@ -21,6 +22,7 @@ from helixflow.ledger.shipper import Shipper
 from helixflow.ledger.spool import Spool
 from helixflow.limits.limiter import Limiter
 from helixflow.limits.remote import lease_over
+from helixflow.limits.returned import give_back
 from helixflow.rpc import messages
 from helixflow.rpc.client import Client
 
@@ -50,6 +52,14 @@ class Services:
         """Routes that exist with accounts only."""
         return []
 
+    def trouble(self) -> list[str]:
+        """Why requests would be refused now, in codes."""
+        return []
+
+    def warnings(self) -> list[str]:
+        """What will refuse requests when it goes on like this, in codes."""
+        return []
+
     async def close(self) -> None:
         """Ends what `open` started."""
 
@@ -66,7 +76,7 @@ class Connected(Services):
         self._credentials = Credentials(client, config, name)
         self._credentials.on_prices = self._ask_prices
         self._limiter = Limiter(name, lease_over(client), config.limits, gateways=config.gateway.workers)
-        self._shipper = Shipper(spool, self._append, config.ledger)
+        self._shipper = Shipper(spool, self._append, config.ledger, partial(give_back, lease_over(client)))
         self._metered = Metered(self._limiter, spool, self._prices, config.limits, gateway.bytes)
         self._tasks: set[asyncio.Task[None]] = set()
         self._pricing: asyncio.Task[None] | None = None
@@ -95,6 +105,14 @@ class Connected(Services):
         """Administration, login, and the state of this worker."""
         status = Status(self._metered, self._credentials, self._limiter, self._shipper)
         return [*Admin(self._client.call).routes(), *Login(self._client.call).routes(), *status.routes()]
+
+    def trouble(self) -> list[str]:
+        """The spool is full, or its disk."""
+        return ["ledger_full"] if self._spool.refuses() else []
+
+    def warnings(self) -> list[str]:
+        """The spool fills up."""
+        return ["ledger_high"] if self._spool.high else []
 
     async def close(self) -> None:
         """Hands over what the ledger still holds, returns what the limits have lent, and disconnects."""

@@ -50,6 +50,8 @@ class Status:
                 **asdict(self._shipper.stats),
                 "pending": self._metered.spool.pending,
                 "bytes": self._metered.spool.held,
+                "high": self._metered.spool.high,
+                "refuses": self._metered.spool.refuses(),
             },
             "credentials": {
                 "remembered": self._credentials.remembered,

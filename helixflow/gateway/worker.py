@@ -44,6 +44,8 @@ CUT_S = 2.0
 HAND_OVER_S = 1.0
 """A retiring worker still answers the first request of connections it has accepted, for this long (seconds)."""
 HEADER_BYTES = 65536
+SEND_BYTES = 16384
+"""Of an HTTP/2 stream that its client does not read, so much is kept below the application (bytes)."""
 
 Connect = Callable[[Config], Bridge]
 
@@ -71,7 +73,7 @@ class Listener(Server):
                 keep_alive_interval=30_000,
                 max_concurrent_streams=1000,
                 max_headers_size=HEADER_BYTES,
-                max_send_buffer_size=HEADER_BYTES,
+                max_send_buffer_size=SEND_BYTES,
             ),
             log_level=LogLevels.error,
             log_dictconfig={"loggers": {"_granian": {"handlers": [], "propagate": True}}},

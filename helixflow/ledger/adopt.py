@@ -8,7 +8,7 @@ import msgspec
 
 from helixflow import log
 from helixflow.ledger import frames
-from helixflow.ledger.record import decode_begin, encode, id_of
+from helixflow.ledger.record import Begin, decode_begin, encode, id_of
 
 logger = log.get("ledger")
 
@@ -23,6 +23,8 @@ class Orphan:
         """UUID of the spool."""
         self.interrupted = 0
         """Requests that never ended."""
+        self.unended: list[Begin] = []
+        """These requests, as far as they can be read."""
         self._lock = lock
         self._numbers = frames.segments(folder)
         self._reader = frames.Reader(folder, self._numbers[0] if self._numbers else 0)
@@ -58,7 +60,15 @@ class Orphan:
                 yield payload
         for _number, payload in self._begun.values():
             self.interrupted += 1
-            yield _interrupted(payload)
+            yield self._interrupt(payload)
+
+    def _interrupt(self, payload: bytes) -> bytes:
+        try:
+            begin = decode_begin(payload)
+        except msgspec.MsgspecError:
+            return payload  # the ledger refuses it, and so it is set aside, not lost
+        self.unended.append(begin)
+        return encode(begin.interrupted())
 
     def shipped(self) -> None:
         """Everything that `records` gave so far is in the ledger: lets go of what is needed no more. Raises OSError."""
@@ -78,13 +88,6 @@ class Orphan:
         """Lets go of it."""
         self._reader.close()
         os.close(self._lock)
-
-
-def _interrupted(begin: bytes) -> bytes:
-    try:
-        return encode(decode_begin(begin).interrupted())
-    except msgspec.MsgspecError:
-        return begin  # the ledger refuses it, and so it is set aside, not lost
 
 
 def orphans(root: Path) -> Iterator[Orphan]:

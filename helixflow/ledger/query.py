@@ -60,7 +60,7 @@ class UsageRow:
     organisation: str = ""
     requests: int = 0
     errors: int = 0
-    """Status 400 or higher, or an error later on."""
+    """Status 400 or higher, or an error later on; a client that went away is none."""
     interrupted: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0

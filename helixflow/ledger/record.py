@@ -12,6 +12,8 @@ from msgspec import Meta
 
 COUNT_MAX: Final = 10**15
 """Largest number of one row: sums of thousands of the largest still fit into 64 bits."""
+CANCELLED: Final = "cancelled"
+"""`finish` of a request whose client went away."""
 INTERRUPTED: Final = "interrupted"
 """`finish` of a request that never ended: its worker died."""
 

@@ -15,11 +15,14 @@ from helixflow.config import LedgerConfig
 from helixflow.core_rs import CoreError, InvalidRequest
 from helixflow.ledger import frames
 from helixflow.ledger.adopt import Orphan, orphans
+from helixflow.ledger.record import Begin
 from helixflow.ledger.rejected import Rejected
 from helixflow.ledger.spool import Spool
 
 Append = Callable[[str, list[bytes]], Awaitable[None]]
 """Sends records of a spool (its UUID); returns when they are in the ledger. Raises CoreError."""
+Interrupted = Callable[[list[Begin]], Awaitable[None]]
+"""Hears of requests that never ended. Raises CoreError."""
 
 BATCH_BYTES: Final = 3 << 20
 """Most bytes of one call (a message of gRPC may have 4 MiB)."""
@@ -55,10 +58,14 @@ class ShipperStats:
 class Shipper:
     """Ships one worker's spool, and those of workers that have died."""
 
-    def __init__(self, spool: Spool, append: Append, options: LedgerConfig) -> None:
+    def __init__(
+        self, spool: Spool, append: Append, options: LedgerConfig, interrupted: Interrupted | None = None
+    ) -> None:
+        """`interrupted`: is told of the requests that a dead worker had begun, once they are in the ledger."""
         self.stats = ShipperStats()
         self._spool = spool
         self._append = append
+        self._interrupted = interrupted
         self._root = spool.folder.parent
         self._rejected = Rejected(self._root, options.rejected_max_bytes)
         self._rows = options.batch_rows
@@ -232,6 +239,11 @@ class Shipper:
         await _in_thread(orphan.finish)
         self.stats.adopted += 1
         self.stats.interrupted += orphan.interrupted
+        if self._interrupted is not None and orphan.unended:
+            try:
+                await self._interrupted(orphan.unended)
+            except CoreError as error:
+                logger.warning("what interrupted requests held lapses by itself", reason=str(error))
         if orphan.interrupted:
             logger.warning("requests were interrupted", spool=orphan.id, requests=orphan.interrupted)
 

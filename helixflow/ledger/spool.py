@@ -7,7 +7,9 @@ lives.
 
 import errno
 import os
+import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +24,8 @@ from helixflow.refusals import refusal
 SEGMENT_BYTES: Final = 16 << 20
 SEGMENTS_MIN: Final = 8
 """A small spool has smaller segments, at least so many: a full one is deleted only as a whole."""
+BEGIN_BYTES: Final = 1024
+"""Room for the begin of another request."""
 END_BYTES: Final = 1024
 """Kept free for the end of each request under way: what was accepted must find room."""
 HIGH: Final = 0.8
@@ -66,6 +70,8 @@ class Spool:
         self._written = 0
         self._freed = 0  # the thread's; _written is the owner's
         self._alarm = ""
+        self._tried_s = 0.0
+        self._refusing = False
         self._released = 0
         self._number = 0
         self._offset = 0
@@ -154,6 +160,32 @@ class Spool:
     def pending(self) -> int:
         """Requests that have begun and whose end is not on the disk."""
         return len(self._open)
+
+    @property
+    def high(self) -> bool:
+        """Whether it holds more than it should (`HIGH`)."""
+        return self.held > self._max * HIGH
+
+    def refuses(self) -> bool:
+        """Whether another request would be refused now. A disk that has refused is tried, once a second at most."""
+        if self._serve:
+            return False
+        if self.held + BEGIN_BYTES + END_BYTES * (len(self._open) + 1) > self._max:
+            return True
+        if self._alarm not in ("disk", "full"):
+            return False
+        now = time.monotonic()
+        if now - self._tried_s >= RETRY_S:
+            self._tried_s = now
+            self._refusing = not (self.retry() and self._disk_takes(BEGIN_BYTES + END_BYTES))
+        return self._refusing
+
+    def _disk_takes(self, size: int) -> bool:
+        try:
+            with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
+                return core_rs.append(file.fileno(), bytes(size)) == size
+        except OSError:
+            return False
 
     def _turn_away(self, reason: str) -> None:
         self._say("full", reason)

@@ -55,7 +55,7 @@ WITH strange AS (
     SELECT DISTINCT model FROM helixflow.requests WHERE at >= $2 AND at < $3 AND error = '{UNKNOWN_ERROR}'
 ), counted AS (
     SELECT $1::date AS day, organisation_id, user_id, key_id, {_LABEL}, endpoint, count(*) AS requests,
-        count(*) FILTER (WHERE status >= 400 OR error <> '') AS errors,
+        count(*) FILTER (WHERE error <> '' OR status >= 400 AND finish <> 'cancelled') AS errors,
         count(*) FILTER (WHERE finish = 'interrupted') AS interrupted, sum(prompt_tokens)::bigint AS prompt_tokens,
         sum(cached_tokens)::bigint AS cached_tokens, sum(completion_tokens)::bigint AS completion_tokens,
         sum(cost)::bigint AS cost

@@ -14,7 +14,7 @@ from helixflow.db.errors import DatabaseError
 from helixflow.db.pool import Pool
 from helixflow.ledger.audit_chain import ChainError
 from helixflow.ledger.chain import EPOCH, Head, link, start
-from helixflow.ledger.record import INTERRUPTED, UNKNOWN, UNKNOWN_ERROR, Content, Row, day_of, decode, fits
+from helixflow.ledger.record import CANCELLED, INTERRUPTED, UNKNOWN, UNKNOWN_ERROR, Content, Row, day_of, decode, fits
 from helixflow.ledger.sealer import seal_days
 from helixflow.ledger.seals import SealKeys
 from helixflow.refusals import refusal
@@ -301,7 +301,7 @@ def _usage(rows: Iterable[Row]) -> list[list[Any]]:
         if total is None:
             total = sums[key] = [0] * 7
         total[0] += 1
-        total[1] += row.status >= 400 or row.error != ""
+        total[1] += _failed(row)
         total[2] += row.finish == INTERRUPTED
         total[3] += row.prompt_tokens
         total[4] += row.cached_tokens
@@ -313,6 +313,11 @@ def _usage(rows: Iterable[Row]) -> list[list[Any]]:
         for (day, organisation, user, key, model, endpoint), total in sums.items()
     ]
     return [list(column) for column in zip(*lines, strict=True)]
+
+
+def _failed(row: Row) -> bool:
+    """Whether the request ended in an error, as `verify` counts it: going away is none."""
+    return row.error != "" or (row.status >= 400 and row.finish != CANCELLED)
 
 
 def _texts(contents: Sequence[Content]) -> list[list[Any]]:

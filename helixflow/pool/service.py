@@ -1,13 +1,18 @@
 """The process of the inference-pool: loads model and engine, serves gRPC, runs the engine, stops in order."""
 
+import faulthandler
+import logging
+import os
 import queue
 import signal
+import sys
 import threading
 import time
+import traceback
 from enum import Enum, auto
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import NoReturn, cast
 
 from helixflow import core_rs, log
 from helixflow.config import Config, model_of
@@ -27,6 +32,9 @@ CALLERS = ["api-gateway"]
 
 POLL_S = 0.02
 """How often (seconds) a draining pool is asked whether it is idle; the wait for a signal is shorter."""
+LAST_FRAMES_S = 2.0
+"""A pool whose engine stands still ends after this time (seconds), whoever has not heard of it yet."""
+STDERR = 2
 
 logger = log.get("pool")
 
@@ -37,6 +45,7 @@ class Event(Enum):
     STOP = auto()
     RELOAD = auto()
     ENGINE_ENDED = auto()
+    ENGINE_STUCK = auto()
 
 
 class EngineThread(threading.Thread):
@@ -78,12 +87,51 @@ class Heart:
             self._pulse.beat()
 
 
+class Watchdog(threading.Thread):
+    """Waits for an engine thread that stands still, and says where it does. `stuck`: what was found."""
+
+    def __init__(
+        self, pool: core_rs.Pool, engine: EngineThread, events: "queue.SimpleQueue[Event]", step_timeout_s: float
+    ) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self.stuck: core_rs.Stuck | None = None
+        self._pool = pool
+        self._engine = engine
+        self._events = events
+        self._step_timeout_ms = int(step_timeout_s * 1000)
+
+    def run(self) -> None:
+        """Blocks until the pool is stopped or the engine stands still."""
+        stuck = self._pool.watch(self._step_timeout_ms)
+        if stuck is None:
+            return
+        logger.error(
+            "the engine stands still; its requests have ended, and the pool is restarted",
+            stood_s=round(stuck.stood_s, 1),
+            limit_s=round(stuck.limit_s, 1),
+            tokens=stuck.tokens,
+            stack=_stack_of(self._engine),
+        )
+        self.stuck = stuck
+        self._events.put(Event.ENGINE_STUCK)
+
+
+def _stack_of(thread: threading.Thread) -> str:
+    """Where a thread is, innermost call last; without the values of variables."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return "".join(traceback.format_stack(frame)) if frame is not None else "(outside of Python)"
+
+
 def run(config: Config) -> int:
-    """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 70 when the engine failed.
+    """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 70 when the engine failed or stands still.
 
     Raises StartError, ConfigError or EngineError when it cannot start. SIGHUP reloads the certificates. The first
-    SIGTERM drains; a second one, or the drain time limit, cuts what still runs with an error.
+    SIGTERM drains; a second one, or the drain time limit, cuts what still runs with an error. A process whose engine
+    stands still ends here, for the interpreter would wait for its thread.
     """
+    if not faulthandler.is_enabled():
+        # An engine that holds the interpreter is ended by SIGABRT, and every stack is dumped then.
+        faulthandler.enable(STDERR, all_threads=True)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     try:
         pool = _pool(config)
@@ -96,14 +144,30 @@ def run(config: Config) -> int:
         pool.stop()
         raise
     thread = EngineThread(pool, engine, events)
+    watchdog = Watchdog(pool, thread, events, config.pool.step_timeout_s)
     _handle_signals(events)
     thread.start()
+    watchdog.start()
     try:
         return _main(pool, thread, address, events, config.pool.drain_timeout_s)
     finally:
-        pool.stop()
-        thread.join()
+        if watchdog.stuck is None:
+            pool.stop()
+        while thread.is_alive():
+            if watchdog.stuck is not None:
+                _leave(pool)
+            thread.join(POLL_S)
         engine.close()
+
+
+def _leave(pool: core_rs.Pool) -> NoReturn:
+    """Ends the process without its engine thread, once its clients have heard."""
+    deadline = time.monotonic() + LAST_FRAMES_S
+    while not pool.idle() and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    pool.stop()
+    logging.shutdown()
+    os._exit(EX_SOFTWARE)
 
 
 def _main(
@@ -128,6 +192,8 @@ def _main(
                 return 0
             case Event.ENGINE_ENDED:
                 logger.error("the engine failed", kind=_failure(thread.error), exc_info=thread.error)
+                return EX_SOFTWARE
+            case Event.ENGINE_STUCK:
                 return EX_SOFTWARE
         event = None
 
@@ -176,6 +242,7 @@ def _pool(config: Config) -> core_rs.Pool:
             queue_tokens=options.queue_tokens,
             step_tokens=options.step_tokens,
             stall_timeout_ms=options.stall_timeout_ms,
+            stall_yield_ms=options.stall_yield_ms,
             default_timeout_ms=options.default_timeout_ms,
             prefix_reuse=options.prefix_reuse,
             shared_prefixes=[_text(file) for file in options.shared_prefixes],
@@ -209,6 +276,7 @@ def _engine(config: Config) -> Engine:
         engines=config.engines,
         script_step_s=options.script_step_ms / 1000,
         script_tokens=options.script_tokens,
+        script_hang_step=options.script_hang_step,
         progress=_progress(config),
     )
 

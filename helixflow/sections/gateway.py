@@ -85,6 +85,9 @@ class GatewayConfig:
     )
     max_body_bytes: int = option(4 * 1024 * 1024, "largest request body (bytes)", check=between(1024, 1 << 30))
     keepalive_s: float = option(15.0, "a silent stream gets a comment this often (seconds)", check=between(0.05, 3600))
+    stall_timeout_s: float = option(
+        60.0, "a client that reads nothing of its stream is cut after this time (seconds)", check=between(0.1, 3600)
+    )
     drain_timeout_s: float = option(30.0, "streams may run this long after SIGTERM (seconds)", check=between(0, 3600))
     request_timeout_ms: int = option(
         120_000, "a request that no slot took up by then is refused (milliseconds)", check=between(1, 86_400_000)
@@ -92,6 +95,6 @@ class GatewayConfig:
     backlog: int = option(1024, "TCP accept queue of the listener", check=between(16, 65535))
     max_connections: int = option(4096, "open connections per worker, idle ones included", check=between(1, 1_000_000))
     stream_buffer_bytes: int = option(
-        65536, "unread output kept per stream before its sequence is parked (bytes)", check=between(4096, 1 << 26)
+        16384, "unread output kept per stream before its sequence is parked (bytes)", check=between(4096, 1 << 26)
     )
     plain_http: bool = option(False, "serve HTTP without TLS: development profile on a loopback address only")

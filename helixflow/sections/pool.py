@@ -59,11 +59,25 @@ class PoolConfig:
         "from one copy in the caches",
     )
     stall_timeout_ms: int = option(60_000, "a reader may stall this long (milliseconds)", check=between(10, 86_400_000))
+    stall_yield_ms: int = option(
+        2000,
+        "a stalled reader's slot is taken after this time when others wait (milliseconds)",
+        check=between(10, 3_600_000),
+    )
+    step_timeout_s: float = option(
+        300.0,
+        "an engine step that takes longer stands still, and the pool is restarted (seconds); one that computes no more "
+        "than others before it: after ten times the longest of them, at least 6 s",
+        check=between(0.5, 86_400),
+    )
     default_timeout_ms: int = option(
-        120_000, "deadline to the first step when a call brings none (milliseconds)", check=between(1, 86_400_000)
+        120_000, "deadline to the first slot when a call brings none (milliseconds)", check=between(1, 86_400_000)
     )
     drain_timeout_s: float = option(30.0, "requests may run this long after SIGTERM (seconds)", check=between(0, 3600))
     script_step_ms: float = option(0.0, "scripted engine: duration of a step (milliseconds)", check=between(0, 60_000))
     script_tokens: int = option(
         0, "scripted engine: tokens before it ends; 0: as many as asked for", check=between(0, 1 << 20)
+    )
+    script_hang_step: int = option(
+        0, "scripted engine: the step that never ends, counted from 1; 0: none", check=between(0, 1 << 30)
     )

@@ -61,6 +61,8 @@ def test_acceptance_wakes_when_asked_for_and_tells_the_prompt_size() -> None:
         prompt_tokens = calls[0].prompt_tokens
         assert prompt_tokens is not None
         assert prompt_tokens > 2
+        await poll(served.pool.stats, lambda stats: stats.running + stats.queued == 4)
+        gate.allow()  # whoever came too late for the first step has its slots with the next one
         await poll(lambda: calls[1].accepted, bool)
         assert harness.wakes == 1
         gate.open()

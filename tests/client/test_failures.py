@@ -1,13 +1,12 @@
 """Cancelling, slow readers, pools that fail."""
 
 import gc
-import json
-from typing import Any
+import time
 
-from helixflow.core_rs import CoreError, Unavailable
+from helixflow.core_rs import Call, Unavailable
 from helixflow.engine.scripted import Gate
 
-from .harness import Harness, events, idle, poll, run, serving, text_of
+from .harness import LIMIT_S, Harness, Served, events, idle, poll, run, serving, text_of
 
 
 def test_cancel_and_drop_free_the_slot() -> None:
@@ -19,7 +18,8 @@ def test_cancel_and_drop_free_the_slot() -> None:
             await harness.until(call, lambda call: call.accepted)
         await poll(served.pool.stats, lambda stats: stats.running == 2)
         cancelled.cancel()
-        assert (cancelled.done, cancelled.finish_reason, cancelled.error_code) == (True, "cancelled", "cancelled")
+        await harness.until(cancelled, lambda call: call.done)
+        assert (cancelled.finish_reason, cancelled.error_code, cancelled.take()) == ("cancelled", "cancelled", b"")
         await idle(served, running=1)
         del call, dropped
         gc.collect()
@@ -30,29 +30,84 @@ def test_cancel_and_drop_free_the_slot() -> None:
         run(test, [served.address])
 
 
-def test_a_cancelled_call_counts_what_had_arrived() -> None:
+def test_a_cancelled_call_counts_what_was_generated() -> None:
     async def test(harness: Harness) -> None:
         await harness.ready()
         call = harness.chat()
-        taken = bytearray()
-        while b'"content":"' not in taken or text_of(parts(taken)) == "":
-            await harness.changed(call)
-            taken += call.take()
-        before = call.usage
-        call.cancel()
-        usage = call.usage
-        assert before is None
-        assert usage is not None
-        assert usage.prompt_tokens == call.prompt_tokens
-        assert usage.completion_tokens > 0
-        assert (usage.cached_tokens, usage.queue_us) == (0, 0)
-        assert usage.total_us >= usage.first_token_us > 0
-
-    def parts(taken: bytearray) -> list[Any]:
-        complete = taken[: taken.rfind(b"\n\n") + 2].decode()
-        return [json.loads(part.removeprefix("data: ")) for part in complete.split("\n\n") if part]
+        await harness.until(call, lambda call: bool(call.take()))
+        assert call.usage is None
+        await generated(harness, served, call)
 
     with serving(tokens=0) as served:
+        run(test, [served.address])
+
+
+def test_an_unread_call_counts_what_was_generated_and_that_is_bounded() -> None:
+    async def test(harness: Harness) -> None:
+        await harness.ready()
+        call = harness.chat()
+        await poll(served.pool.stats, lambda stats: stats.parked == 1)
+        tokens = await generated(harness, served, call)
+        # 16 KiB rendered, 4 KiB on the wire, 64 steps in the pool, and what is on its way between them.
+        assert 64 < tokens < 1200
+
+    with serving(tokens=0) as served:
+        run(test, [served.address])
+
+
+async def generated(harness: Harness, served: Served, call: Call) -> int:
+    """Cancels a call and compares its counts with those of the pool's only other witness; returns the tokens."""
+    call.cancel()
+    call.cancel()
+    await harness.until(call, lambda call: call.done)
+    usage = call.usage
+    assert usage is not None
+    stats = await idle(served)
+    assert usage.prompt_tokens == call.prompt_tokens == stats.prefill_tokens
+    assert usage.completion_tokens == stats.decode_tokens + 1, "the first one comes with the prompt"
+    assert usage.total_us >= usage.first_token_us > 0
+    assert stats.requests_cancelled == 1
+    return usage.completion_tokens
+
+
+def test_a_cancelled_call_of_a_pool_that_stands_still_ends_nevertheless() -> None:
+    gate = Gate()
+
+    async def test(harness: Harness) -> None:
+        await harness.ready()
+        call = harness.chat()
+        gate.allow(3)
+        await harness.until(call, lambda call: bool(call.take()))
+        began = time.monotonic()
+        call.cancel()
+        assert not call.done
+        await harness.until(call, lambda call: call.done)
+        assert time.monotonic() - began < LIMIT_S / 2
+        assert call.usage is not None
+        assert call.usage.completion_tokens > 0, "what had arrived"
+
+    with serving(tokens=0, gate=gate) as served:
+        run(test, [served.address])
+
+
+def test_a_call_that_waits_is_not_accepted_and_costs_nothing() -> None:
+    gate = Gate()
+
+    async def test(harness: Harness) -> None:
+        await harness.ready()
+        first = harness.chat()
+        await harness.until(first, lambda call: call.accepted)
+        late = harness.chat(timeout_ms=50)
+        left = harness.chat()
+        await poll(served.pool.stats, lambda stats: stats.queued == 2 or stats.requests_failed == 1)
+        left.cancel()
+        assert (left.done, left.accepted, left.usage) == (True, False, None)
+        error = await harness.failure(late)
+        assert (error.code, late.accepted, late.usage) == ("deadline_exceeded", False, None)
+        assert error.retry_after_s is not None
+        await poll(served.pool.stats, lambda stats: stats.queued == 0)
+
+    with serving(tokens=0, slots=1, gate=gate) as served:
         run(test, [served.address])
 
 
@@ -147,12 +202,8 @@ def test_a_full_queue_is_refused_with_a_time_to_wait() -> None:
     async def test(harness: Harness) -> None:
         await harness.ready()
         calls = [harness.chat() for _ in range(8)]
-        refused: list[CoreError] = []
-        for call in calls:
-            await harness.until(call, lambda call: call.accepted or call.done)
-            if call.done:
-                refused.append(await harness.failure(call))
-        assert refused
+        done = await poll(lambda: [call for call in calls if call.done], lambda done: len(done) == 5)
+        refused = [await harness.failure(call) for call in done]
         assert {error.code for error in refused} == {"queue_full"}
         assert all(error.retry_after_s for error in refused)
 

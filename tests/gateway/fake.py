@@ -63,6 +63,12 @@ class FakeModel:
     max_model_len: int = 128
 
 
+@dataclass
+class FakePool:
+    state: str
+    reason: str = ""
+
+
 @dataclass(eq=False)
 class FakeCall:
     """One call; `produce` runs on the event loop."""
@@ -135,6 +141,7 @@ class FakeClient:
         self.cancelled = asyncio.Event()
         self.closed = False
         self.listed = [FakeModel("echo", ["gpt-4", "team/echo"]), *(FakeModel(name, []) for name in MODELS[1:])]
+        self.pool_list: list[FakePool] = []
         self._loop = asyncio.get_running_loop()
         self._event = os.eventfd(0, os.EFD_NONBLOCK)
         self._changed: set[int] = set()
@@ -167,14 +174,21 @@ class FakeClient:
 
     complete = chat
 
-    def tokenize(self, model: str, prompt: Any, *, request_id: str, add_special_tokens: bool = True) -> Any:
+    def tokenize(
+        self, model: str, prompt: Any, *, request_id: str, add_special_tokens: bool = True, timeout_ms: int = 0
+    ) -> Any:
+        assert timeout_ms > 0
         return self._start("tokenize", model, False, prompt, request_id, add_special_tokens)
 
-    def detokenize(self, model: str, ids: list[int], *, request_id: str) -> Any:
+    def detokenize(self, model: str, ids: list[int], *, request_id: str, timeout_ms: int = 0) -> Any:
+        assert timeout_ms > 0
         return self._start("detokenize", model, False, ids, request_id, False)
 
     def models(self) -> Any:
         return self.listed
+
+    def pools(self) -> Any:
+        return self.pool_list
 
     def close(self) -> None:
         self.closed = True

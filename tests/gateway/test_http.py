@@ -9,9 +9,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from helixflow.config import Config
 from helixflow.gateway import http
+from helixflow.gateway.accounting import Unmetered
+from helixflow.gateway.auth import DevelopmentKeys
+from helixflow.gateway.services import Services
 from helixflow.pki.layout import Layout
 from tests.gateway.conftest import KEY, Served, serving
+from tests.gateway.fake import FakePool
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "Hello"}]}
 
@@ -58,8 +63,59 @@ def test_live_and_ready(served: Served, client: httpx.Client) -> None:
         served.fake.listed = models
     assert answer.status_code == 503
     assert answer.json()["reason"] == "no inference pool is ready"
+    assert answer.json()["reasons"] == ["no_pool"]
     assert answer.headers["retry-after"] == "1"
     assert one.status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("pools", "reasons"),
+    [
+        ([FakePool("not_ready", "engine_loading")], ["engine_loading"]),
+        ([FakePool("ejected", "engine_stuck"), FakePool("draining", "draining")], ["engine_stuck", "pool_draining"]),
+        ([FakePool("ejected", "draining"), FakePool("connecting")], ["no_pool"]),
+    ],
+)
+def test_ready_tells_why_no_pool_serves(
+    served: Served, client: httpx.Client, pools: list[FakePool], reasons: list[str]
+) -> None:
+    listed, served.fake.listed = served.fake.listed, []
+    served.fake.pool_list = pools
+    try:
+        answer = client.get("/ready")
+        assert (answer.status_code, answer.json()["reasons"]) == (503, reasons)
+        assert client.get("/health").status_code == 200
+    finally:
+        served.fake.listed, served.fake.pool_list = listed, []
+
+
+class Ledger(Services):
+    """Services whose ledger is in trouble."""
+
+    def __init__(self, trouble: list[str]) -> None:
+        super().__init__(DevelopmentKeys(), Unmetered())
+        self._trouble = trouble
+
+    def trouble(self) -> list[str]:
+        return self._trouble
+
+    def warnings(self) -> list[str]:
+        return ["ledger_high"]
+
+
+@pytest.mark.parametrize(("trouble", "status"), [(["ledger_full"], 503), ([], 200)])
+def test_ready_tells_of_the_ledger(
+    pki: Layout, monkeypatch: pytest.MonkeyPatch, trouble: list[str], status: int
+) -> None:
+    async def opened(_config: Config) -> Services:
+        return Ledger(trouble)
+
+    monkeypatch.setattr(Services, "open", opened)
+    with serving(pki) as running, running.client() as client:
+        answer = client.get("/ready")
+        assert answer.status_code == status
+        assert answer.json().get("reasons", []) == trouble
+        assert answer.json()["warnings"] == ["ledger_high"]
 
 
 def test_models(served: Served) -> None:

@@ -135,6 +135,31 @@ def test_disconnect_cancels_within_100_ms(served: Served, model: str, options: d
     assert served.fake.calls[known].cancelled
 
 
+def test_a_client_that_reads_nothing_is_cut(pki: Layout) -> None:
+    options = {"HELIX_GATEWAY_STALL_TIMEOUT_S": "0.5", "HELIX_GATEWAY_KEEPALIVE_S": "0.2"}
+    with serving(pki, **options) as served, contextlib.closing(served.raw("h2")) as wire:
+        connection = h2.connection.H2Connection()
+        connection.initiate_connection()
+        headers = {
+            ":method": "POST",
+            ":path": "/v1/chat/completions",
+            ":scheme": "https",
+            ":authority": "localhost",
+            "authorization": "Bearer demo-key",
+            "content-type": "application/json",
+        }
+        connection.send_headers(1, list(headers.items()))
+        connection.send_data(1, json.dumps(chat("flood", stream=True)).encode(), end_stream=True)
+        wire.sendall(connection.data_to_send())
+        events: list[h2.events.Event] = []
+        while not any(isinstance(event, h2.events.ResponseReceived) for event in events):
+            events = connection.receive_data(wire.recv(65536))
+        served.wait(served.fake.cancelled)
+        [call] = served.fake.calls
+        assert call.rendered < 200_000, "what waits for it is bounded"
+        assert served.on_loop(lambda: served.bridge.outstanding) == 0
+
+
 def test_reset_of_an_http2_stream_cancels(served: Served) -> None:
     known = len(served.fake.calls)
     served.on_loop(served.fake.cancelled.clear)

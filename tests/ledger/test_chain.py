@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import date
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,12 @@ SECOND = "WHERE (at AT TIME ZONE 'UTC')::date = '2026-03-02' AND sequence"
 def change(databases: Databases, *statements: str, first: date | None = None, last: date | None = None) -> Report:
     """What verification says of three days with five rows each once somebody has been at them."""
     target = databases.new()
-    rows = [row(NOON_US + n * DAY_US // 5 - DAY_US // 2) for n in range(15)]
+    ends: list[dict[str, Any]] = [
+        {"finish": "stop"},
+        {"finish": "error", "error": "unavailable"},
+        {"finish": "cancelled", "status": 499},
+    ]
+    rows = [row(NOON_US + n * DAY_US // 5 - DAY_US // 2, **ends[n % 3]) for n in range(15)]
 
     async def scenario() -> Report:
         async with opened(target) as pool:

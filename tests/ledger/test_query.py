@@ -58,8 +58,8 @@ def made(chance: random.Random) -> Row:
     return row(
         at_us,
         {"model": chance.choice(MODELS), "endpoint": chance.choice(["/a", "/b"]), **who},
-        status=chance.choice([200, 200, 400, 500]),
-        finish=chance.choice(["stop", "interrupted"]),
+        status=chance.choice([200, 200, 400, 499, 500]),
+        finish=chance.choice(["stop", "interrupted", "cancelled"]),
         prompt_tokens=chance.randrange(1000),
         cached_tokens=chance.randrange(100),
         completion_tokens=chance.randrange(1000),
@@ -112,7 +112,7 @@ def by_hand(rows: list[Row], groups: list[str]) -> dict[tuple[str, ...], Counter
     for each in rows:
         counter = sums.setdefault(tuple(group_of(each)[name] for name in query.GROUPS if name in groups), Counter())
         counter["requests"] += 1
-        counter["errors"] += each.status >= 400
+        counter["errors"] += each.status >= 400 and each.finish != "cancelled"
         counter["interrupted"] += each.finish == "interrupted"
         for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "cost"):
             counter[name] += getattr(each, name)

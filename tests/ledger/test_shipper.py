@@ -32,9 +32,11 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 class Worker:
     """A spool with its shipper at work."""
 
-    def __init__(self, root: Path, append: shipper.Append, **values: Any) -> None:
+    def __init__(
+        self, root: Path, append: shipper.Append, interrupted: shipper.Interrupted | None = None, **values: Any
+    ) -> None:
         self.spool = Spool(root, ledger_options(**values))
-        self.shipper = Shipper(self.spool, append, ledger_options(**values))
+        self.shipper = Shipper(self.spool, append, ledger_options(**values), interrupted)
         self.task = asyncio.create_task(self.shipper.run())
 
     def finished(self, count: int) -> list[Row]:
@@ -204,6 +206,29 @@ def dead(root: Path, count: int, open_ones: int = 2) -> list[Begin]:
     assert spool.number > 2
     spool.close()
     return begun
+
+
+def test_whose_requests_were_interrupted_is_told(tmp_path: Path) -> None:
+    told: list[Begin] = []
+
+    async def interrupted(begun: list[Begin]) -> None:
+        told.extend(begun)
+        raise Unavailable("nobody is there")  # does not hold the adoption up
+
+    async def work() -> None:
+        begun = [begin(), begin()]
+        spool = Spool(tmp_path, ledger_options())
+        for each in begun:
+            spool.begin(each)
+        spool.end(begun[0].row(finish="stop"))
+        spool.close()
+        store = Store()
+        worker = Worker(tmp_path, store.append, interrupted)
+        await until(lambda: worker.shipper.stats.adopted == 1)
+        assert told == begun[1:]
+        assert await worker.drain()
+
+    scenario(work)
 
 
 def test_two_adopters_never_share_a_spool(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from helixflow import core_rs
 from helixflow.core_rs import LedgerFull
@@ -238,7 +239,7 @@ class Disk:
         monkeypatch.setattr("helixflow.ledger.spool.os.fdatasync", self.sync)
 
     def write(self, file: int, data: bytes) -> int:
-        if self.room is None or Path(f"/proc/self/fd/{file}").readlink().suffix != ".log":
+        if self.room is None or "/spool/" not in str(Path(f"/proc/self/fd/{file}").readlink()):
             return self._write(file, data)
         if self.room == 0:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -271,6 +272,33 @@ def test_a_full_disk_loses_nothing(make: Make, monkeypatch: pytest.MonkeyPatch, 
     more = end(spool, third)
     spool.close()
     assert adopted(spool.folder) == [ended, more, second.interrupted()]
+
+
+def test_it_says_beforehand_that_it_would_refuse(make: Make) -> None:
+    spool = make(spool_max_bytes=1 << 20)
+    assert [spool.high, spool.refuses()] == [False, False]
+    text = Content(bytes(16), begin().at_us, None, "x" * 60_000, "", begin().at_us)
+    while not spool.refuses():
+        begun = begin()
+        spool.begin(begun)  # as long as it does not say so, there is room
+        end(spool, begun, replace(text, id=begun.id))
+        assert spool.high == (spool.held > 0.8 * (1 << 20))
+    assert [spool.high, spool.refuses()] == [True, True]
+    assert make(spool_max_bytes=1 << 20, when_full="serve").refuses() is False
+
+
+def test_a_disk_that_has_refused_is_tried(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helixflow.ledger.spool.RETRY_S", 0.0)
+    disk = Disk(monkeypatch)
+    spool = make()
+    disk.room = 0
+    assert not spool.refuses(), "nobody has tried to write"
+    with pytest.raises(LedgerFull):
+        spool.begin(begin())
+    assert spool.refuses()
+    disk.room = None
+    assert not spool.refuses(), "without another request"
+    assert frames.segments(spool.folder) == [1]
 
 
 def test_a_torn_write_that_stays_ends_its_segment(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,11 @@ from helixflow.core_rs import Conflict, InvalidRequest
 from helixflow.limits.model import MAX_LIMIT, Metric, window_start
 from helixflow.limits.postgres import PostgresStore
 from helixflow.limits.redis import RedisStore
+from helixflow.limits.returned import give_back
 from helixflow.limits.store import HOLD_S, KEEP_S, MAX_ITEMS, SKEW_S, Call, Item, LimitStore
+from tests.ledger.support import begin
 
-from .support import GATEWAYS, ORGANISATION, START, USER, Caller, Clock, Databases, ModelStore, Redis, item
+from .support import GATEWAYS, KEY, ORGANISATION, START, USER, Caller, Clock, Databases, ModelStore, Redis, item
 
 Backend = Databases | Redis
 MINUTE = Metric.TOKENS_PER_MINUTE
@@ -65,6 +67,26 @@ def test_what_others_hold_and_used_counts(backend: Backend) -> None:
             assert (await second(item(held=0, spent=0))).grants[0].room == 700
             for other in (item(USER), item(metric=Metric.TOKENS_PER_DAY), item(window=int(START) - 60)):
                 assert (await second(other)).grants[0].room == 1000
+
+    asyncio.run(work())
+
+
+def test_what_a_dead_gateway_held_at_a_time_goes_back(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("helixflow.limits.returned.MAX_ITEMS", 2)
+    at_a_time = Metric.CONCURRENT_REQUESTS
+    subjects = (KEY, USER, ORGANISATION)
+    organisation, user, key = (uuid.UUID(subject.partition(":")[2]).bytes for subject in reversed(subjects))
+
+    async def work() -> None:
+        async with backend.store(Clock()) as store:
+            dead, alive = Caller(store, GATEWAYS[0]), Caller(store, GATEWAYS[1])
+            wanted = [item(subject, at_a_time, limit=10, need=10) for subject in subjects]
+            assert [grant.granted for grant in (await dead(*wanted)).grants] == [10] * 3
+            assert [grant.granted for grant in (await alive(*wanted)).grants] == [0] * 3
+            gateway = uuid.UUID(GATEWAYS[0]).bytes
+            begun = [begin(organisation=organisation, user=user, key=key, gateway=gateway) for _ in range(2)]
+            await give_back(store.lease, [*begun, begin(organisation=None, user=None, key=None)])
+            assert [grant.granted for grant in (await alive(*wanted)).grants] == [10] * 3
 
     asyncio.run(work())
 

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,6 +188,56 @@ def test_a_failing_engine_ends_the_process_with_status_70(
     client = Client(pki, act, monkeypatch)
     assert service.run(settings()) == EX_SOFTWARE
     client.check()
+
+
+HOLDS_THE_GIL = """
+import ctypes, sys
+from helixflow import config
+from helixflow.engine.base import Capacity
+from helixflow.engine.scripted import ScriptedEngine, repeat
+from helixflow.pool import service
+
+class Engine(ScriptedEngine):
+    def step(self, batch):
+        if self.steps == 2:
+            ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the GIL
+        return super().step(batch)
+
+service.load_engine = lambda *_, **__: Engine(Capacity(2, 64, 257), repeat([120]))
+sys.exit(service.run(config.load(None, dict(line.split("=", 1) for line in sys.argv[1:]))))
+"""
+
+
+def test_an_engine_that_holds_the_interpreter_is_ended_too(settings: Callable[..., config.Config], pki: Layout) -> None:
+    loaded = settings(HELIX_POOL_STEP_TIMEOUT_S="1")
+    environ = {
+        "HELIX_HOME": str(loaded.home),
+        "HELIX_CERTS": str(pki.directory),
+        "HELIX_MODEL": str(loaded.pool.model),
+        "HELIX_POOL_LISTEN": "127.0.0.1:0",
+        "HELIX_POOL_ENGINE": "scripted",
+        "HELIX_POOL_STEP_TIMEOUT_S": "1",
+    }
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_THE_GIL, *(f"{name}={value}" for name, value in environ.items())],
+        env={**os.environ, READY_FD: str(writer)},
+        pass_fds=(writer,),
+        stderr=subprocess.PIPE,
+    )
+    os.close(writer)
+    try:
+        with os.fdopen(reader, "rb") as ready:
+            address = ready.readline().decode().strip()
+        client = connect(address, gateway_files(pki))
+        call = client.complete(request("a", 9), completion_id="c", created=0, stream=True)
+        finish(client, call)
+        assert call.error_code == "engine_failed"
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGABRT
+    assert b"in step" in said, "the stack of the engine thread"
 
 
 class LostEngine(ScriptedEngine):

@@ -1,15 +1,21 @@
 //! The tasks behind calls: frames of a pool in, bytes of the API out.
 
+use std::time::Duration;
+
 use helix_text::openai::{
     ErrorObject, FinishReason, Piece, Renderer, TokenLogprob, Usage, detokenize_body, tokenize_body,
 };
 use helix_wire::client::{Caller, Generation};
-use helix_wire::error::CoreError;
+use helix_wire::error::{Code, CoreError};
 use helix_wire::v1;
+use tokio::time::timeout;
 
 use crate::call::{Finish, Running};
 
-/// Reads a generation to its end.
+/// A call that is cancelled ends within this time, with the pool's counts or without.
+const LAST_COUNTS: Duration = Duration::from_secs(1);
+
+/// Reads a generation to its end, or until it is cancelled.
 pub(super) async fn generate(
     running: Running,
     mut frames: Generation,
@@ -19,7 +25,14 @@ pub(super) async fn generate(
     let mut out = Vec::new();
     let mut finish = Finish::default();
     loop {
-        match frames.next().await {
+        let next = tokio::select! {
+            next = frames.next() => next,
+            () = running.cancelled() => {
+                cancel(running, frames).await;
+                return;
+            }
+        };
+        match next {
             Ok(Some(frame)) => {
                 render(&frame, &mut renderer, &mut finish, &mut out);
                 if let Some(accepted) = &frame.accepted {
@@ -41,6 +54,22 @@ pub(super) async fn generate(
             }
         }
     }
+}
+
+/// Ends the work at the pool, and reads on for the counts of what it has generated.
+async fn cancel(running: Running, mut frames: Generation) {
+    let mut finish = Finish::cancelled();
+    let last = async {
+        frames.stop().await?;
+        while let Some(frame) = frames.next().await? {
+            running.generated(frame.deltas.iter().map(|delta| delta.tokens).sum());
+            finish.usage = frame.usage.or(finish.usage);
+        }
+        Ok::<(), CoreError>(())
+    };
+    // Whatever goes wrong here: the call is over, and its stream is dropped.
+    let _ = timeout(LAST_COUNTS, last).await;
+    running.finish(finish, Vec::new());
 }
 
 fn render(
@@ -111,7 +140,7 @@ fn fail(
     mut finish: Finish,
     mut out: Vec<u8>,
 ) {
-    finish.reason = Some(if error.code == helix_wire::error::Code::Cancelled {
+    finish.reason = Some(if error.code == Code::Cancelled {
         "cancelled"
     } else {
         "error"
@@ -136,9 +165,9 @@ pub(super) async fn tokenize(
     running: Running,
     caller: Caller,
     request: v1::TokenizeRequest,
-    request_id: String,
+    (request_id, limit): (String, Duration),
 ) {
-    match caller.tokenize(request, &request_id).await {
+    match caller.tokenize(request, &request_id, limit).await {
         Ok((reply, pool)) => {
             let mut body = Vec::new();
             tokenize_body(&mut body, &reply.tokens, reply.max_model_len);
@@ -154,9 +183,9 @@ pub(super) async fn detokenize(
     running: Running,
     caller: Caller,
     request: v1::DetokenizeRequest,
-    request_id: String,
+    (request_id, limit): (String, Duration),
 ) {
-    match caller.detokenize(request, &request_id).await {
+    match caller.detokenize(request, &request_id, limit).await {
         Ok((reply, pool)) => {
             let mut body = Vec::new();
             detokenize_body(&mut body, &reply.text);

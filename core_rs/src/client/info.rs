@@ -36,6 +36,7 @@ pub(crate) struct PoolInfo {
     running: u32,
     queued: u32,
     last_error: Option<String>,
+    reason: String,
 }
 
 impl From<PoolView> for PoolInfo {
@@ -49,6 +50,7 @@ impl From<PoolView> for PoolInfo {
             running: pool.load.running,
             queued: pool.load.queued,
             last_error: pool.last_error,
+            reason: pool.reason,
         }
     }
 }

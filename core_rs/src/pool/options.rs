@@ -14,7 +14,8 @@ impl PoolOptions {
     #[new]
     #[pyo3(signature = (
         *, model_id, aliases=Vec::new(), created=0, queue_requests=1024, queue_tokens=1_048_576, step_tokens=512,
-        stream_frames=64, stall_timeout_ms=60_000, default_timeout_ms=120_000, prefix_reuse=true, shared_prefixes=Vec::new()
+        stream_frames=64, stall_timeout_ms=60_000, stall_yield_ms=2000, default_timeout_ms=120_000, prefix_reuse=true,
+        shared_prefixes=Vec::new()
     ))]
     #[allow(clippy::too_many_arguments)] // keyword arguments in Python
     fn new(
@@ -26,6 +27,7 @@ impl PoolOptions {
         step_tokens: usize,
         stream_frames: u32,
         stall_timeout_ms: u64,
+        stall_yield_ms: u64,
         default_timeout_ms: u64,
         prefix_reuse: bool,
         shared_prefixes: Vec<String>,
@@ -38,6 +40,7 @@ impl PoolOptions {
             step_tokens,
             stream_frames,
             stall_timeout: Duration::from_millis(stall_timeout_ms),
+            stall_yield: Duration::from_millis(stall_yield_ms),
             default_timeout: Duration::from_millis(default_timeout_ms),
             prefix_reuse,
             shared_prefixes,
@@ -88,6 +91,24 @@ impl From<Stats> for PoolStats {
             requests_finished: stats.requests_finished,
             requests_cancelled: stats.requests_cancelled,
             requests_failed: stats.requests_failed,
+        }
+    }
+}
+
+/// An engine thread that stands still.
+#[pyclass(frozen, get_all, module = "helixflow.core_rs")]
+pub(crate) struct Stuck {
+    stood_s: f64,
+    limit_s: f64,
+    tokens: usize,
+}
+
+impl From<helix_pool::Stuck> for Stuck {
+    fn from(stuck: helix_pool::Stuck) -> Self {
+        Self {
+            stood_s: stuck.stood.as_secs_f64(),
+            limit_s: stuck.limit.as_secs_f64(),
+            tokens: stuck.tokens,
         }
     }
 }

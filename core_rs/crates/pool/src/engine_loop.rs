@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use helix_sample::Sampler;
-use helix_sched::{Fcfs, Limits, Outcome, Plan, Scheduler, Started};
+use helix_sched::{Counts, Fcfs, Limits, Outcome, Plan, Scheduler, Started};
 use helix_wire::error::{Code, CoreError};
 
 use crate::engine::{Batch, Candidates, Capacity, RunError, StepEngine};
-use crate::inbox::{Command, Phase, Wait};
+use crate::inbox::{Command, Leave, Load, Phase, Wait};
 use crate::pool::{Shared, Stats};
 use crate::request::{Job, split};
 use crate::running::Running;
@@ -73,6 +73,7 @@ impl<'p> EngineLoop<'p> {
                 Wait::Until(self.wake_at())
             };
             let go_on = self.shared.inbox.take(&mut commands, wait);
+            self.shared.pulse.begin(Instant::now());
             for command in commands.drain(..) {
                 self.obey(command);
             }
@@ -85,21 +86,33 @@ impl<'p> EngineLoop<'p> {
             self.expire(now);
             self.cut_stalled(now);
             let plan = self.scheduler.schedule();
-            self.publish();
+            self.report(now, &plan);
             busy = !plan.is_empty();
             if busy {
+                self.shared.pulse.plan(plan.tokens.len());
                 self.step(engine, &plan)?;
             }
+            self.shared.pulse.end();
         }
     }
 
     fn obey(&mut self, command: Command) {
         match command {
             Command::Submit(job) => self.submit(*job),
-            Command::Cancel(number) => {
+            Command::Leave { number, why, .. } => {
+                if let Some(request) = self.remove(number) {
+                    match why {
+                        Leave::Cancelled => self.stats.requests_cancelled += 1,
+                        Leave::Late => self.stats.requests_failed += 1,
+                    }
+                    drop(request);
+                }
+            }
+            Command::Stop(number) => {
                 if let Some(request) = self.remove(number) {
                     self.stats.requests_cancelled += 1;
-                    drop(request);
+                    let stopped = CoreError::new(Code::Cancelled, "the caller ended the request");
+                    request.fail(Instant::now(), stopped);
                 }
             }
             Command::Unpark(number) => {
@@ -163,31 +176,51 @@ impl<'p> EngineLoop<'p> {
 
     fn expire(&mut self, now: Instant) {
         for id in self.scheduler.expire(self.shared.ticks(now)) {
-            let message = "the deadline passed before the request got its turn; the server is busy, try again";
-            self.fail(split(id).0, CoreError::new(Code::DeadlineExceeded, message));
+            self.fail(split(id).0, self.shared.late());
         }
     }
 
-    /// Ends requests whose reader has not read for too long: their slots are worth more.
+    /// Sequences that could start if others gave their slots up.
+    fn crowd(&self) -> usize {
+        let counts = self.scheduler.counts();
+        if counts.slots_used < self.capacity.slots {
+            0
+        } else {
+            counts.waiting
+        }
+    }
+
+    /// Ends requests whose reader has not read for too long: their slots are worth more. The longest wait first, and
+    /// before their time no more than others wait for.
     fn cut_stalled(&mut self, now: Instant) {
         if self.parked == 0 {
             return;
         }
-        let limit = self.shared.options.stall_timeout;
-        let stalled =
-            |request: &Running| request.parked().is_some_and(|since| now - since >= limit);
-        let numbers: Vec<u64> = self
-            .requests
-            .iter()
-            .filter(|(_, r)| stalled(r))
-            .map(|(number, _)| *number)
-            .collect();
-        for number in numbers {
+        let mut crowd = self.crowd();
+        let parked = |(number, request): (&u64, &Running)| Some((request.parked()?, *number));
+        let mut behind: Vec<(Instant, u64)> = self.requests.iter().filter_map(parked).collect();
+        behind.sort_unstable();
+        for (since, number) in behind {
+            if now - since < self.patience(crowd) {
+                return;
+            }
+            let slots = self.requests.get(&number).map_or(0, Running::slots);
+            crowd = crowd.saturating_sub(slots);
             let message = format!(
                 "the answer was not read for {} ms, so it was cut",
-                limit.as_millis()
+                (now - since).as_millis()
             );
             self.fail(number, CoreError::new(Code::DeadlineExceeded, message));
+        }
+    }
+
+    /// How long a request may stay parked while so many sequences wait for its slots.
+    fn patience(&self, crowd: usize) -> Duration {
+        let options = &self.shared.options;
+        if crowd == 0 {
+            options.stall_timeout
+        } else {
+            options.stall_yield.min(options.stall_timeout)
         }
     }
 
@@ -200,13 +233,13 @@ impl<'p> EngineLoop<'p> {
         if self.parked == 0 {
             return deadline;
         }
-        let limit = self.shared.options.stall_timeout;
+        let patience = self.patience(self.crowd());
         let stall = self
             .requests
             .values()
             .filter_map(Running::parked)
             .min()
-            .map(|since| since + limit);
+            .map(|since| since + patience);
         deadline.into_iter().chain(stall).min()
     }
 
@@ -389,19 +422,40 @@ impl<'p> EngineLoop<'p> {
         self.fail_all(&CoreError::new(Code::Unavailable, message));
     }
 
+    /// Tells the gRPC side how full the scheduler is, and what has got a slot.
+    fn report(&mut self, now: Instant, plan: &Plan) {
+        let counts = self.scheduler.counts();
+        let prompt = |start: &Started| {
+            let (number, choice) = split(start.id);
+            let request = self.requests.get(&number);
+            request.map_or(0, |request| request.prompt_tokens(choice))
+        };
+        let started = Load {
+            requests: 0,
+            sequences: plan.started.len(),
+            tokens: plan.started.iter().map(prompt).sum(),
+        };
+        self.shared.inbox.report(now, &counts, started);
+        self.publish_counts(&counts);
+    }
+
     fn publish(&mut self) {
         let counts = self.scheduler.counts();
-        self.shared.inbox.report(&counts);
+        let now = Instant::now();
+        self.shared.inbox.report(now, &counts, Load::default());
+        self.publish_counts(&counts);
+    }
+
+    fn publish_counts(&mut self, counts: &Counts) {
         self.stats.running = counts.slots_used;
         self.stats.parked = counts.parked;
-        self.stats.queued = counts.waiting;
-        self.stats.queued_tokens = counts.waiting_tokens;
         self.shared.publish(&self.stats);
     }
 }
 
 impl Drop for EngineLoop<'_> {
     fn drop(&mut self) {
+        self.shared.pulse.end();
         // Normally nothing is left. After a panic of the engine this is what ends the requests.
         self.shared.inbox.fail();
         let mut commands = Vec::new();

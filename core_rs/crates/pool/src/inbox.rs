@@ -10,17 +10,61 @@ use helix_wire::error::{Code, CoreError};
 use parking_lot::{Condvar, Mutex};
 
 use crate::engine::Capacity;
+use crate::rate::Rate;
 use crate::request::Job;
-
-/// Seconds after which a client may try again; the queue moves with every finished request.
-const RETRY_AFTER_S: u32 = 1;
 
 pub(crate) enum Command {
     Submit(Box<Job>),
-    /// The client is gone.
-    Cancel(u64),
+    /// Nobody waits for the answer any more. `waiting`: what the request had in the queue.
+    Leave {
+        number: u64,
+        waiting: Option<Load>,
+        why: Leave,
+    },
+    /// The caller asks for an end, and for the counts.
+    Stop(u64),
     /// The client has read what filled its outbox.
     Unpark(u64),
+}
+
+/// Why a request leaves from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leave {
+    /// The client is gone.
+    Cancelled,
+    /// Its deadline has passed.
+    Late,
+}
+
+/// What waits for slots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Load {
+    pub(crate) requests: usize,
+    pub(crate) sequences: usize,
+    /// Prompt tokens.
+    pub(crate) tokens: usize,
+}
+
+impl Load {
+    pub(crate) fn of(job: &Job) -> Self {
+        Self {
+            requests: 1,
+            sequences: job.choices(),
+            tokens: job.tokens(),
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.requests += other.requests;
+        self.sequences += other.sequences;
+        self.tokens += other.tokens;
+    }
+
+    fn sub(&mut self, other: Self) {
+        self.requests = self.requests.saturating_sub(other.requests);
+        self.sequences = self.sequences.saturating_sub(other.sequences);
+        self.tokens = self.tokens.saturating_sub(other.tokens);
+    }
 }
 
 /// Where the engine stands.
@@ -29,6 +73,8 @@ pub(crate) enum Phase {
     Loading,
     Running(Capacity),
     Failed,
+    /// The engine thread stands still; only a new process helps.
+    Stuck,
     Stopped,
 }
 
@@ -43,9 +89,9 @@ struct State {
     phase: Phase,
     draining: bool,
     commands: Vec<Command>,
-    /// What waits: in the scheduler as of the latest report, plus what was submitted since.
-    requests: usize,
-    tokens: usize,
+    /// What waits: in the scheduler as of the latest report, plus what was submitted since, less what has left.
+    waiting: Load,
+    rate: Rate,
     /// Slots that were free at the latest report.
     free: usize,
 }
@@ -63,8 +109,8 @@ impl Inbox {
             phase: Phase::Loading,
             draining: false,
             commands: Vec::new(),
-            requests: 0,
-            tokens: 0,
+            waiting: Load::default(),
+            rate: Rate::default(),
             free: 0,
         };
         Self {
@@ -85,8 +131,21 @@ impl Inbox {
         self.state.lock().capacity()
     }
 
-    /// Queues a request with that many prompt tokens (every choice counted), or refuses it.
-    pub(crate) fn submit(&self, job: Job, tokens: usize) -> Result<(), CoreError> {
+    /// What waits now.
+    pub(crate) fn waiting(&self) -> Load {
+        self.state.lock().waiting
+    }
+
+    /// Seconds after which whoever was refused, or has waited in vain, may try again: the queue will have moved on.
+    pub(crate) fn retry_after(&self) -> u32 {
+        let state = self.state.lock();
+        state.rate.seconds(Instant::now(), state.waiting)
+    }
+
+    /// Queues a request, or refuses it.
+    pub(crate) fn submit(&self, job: Job) -> Result<(), CoreError> {
+        let load = Load::of(&job);
+        let tokens = load.tokens;
         let mut state = self.state.lock();
         state.capacity()?;
         if tokens > self.queue_tokens {
@@ -100,17 +159,19 @@ impl Inbox {
             ));
         }
         // Free slots take a burst that arrives between two steps; it never waits.
-        let full = state.requests >= self.queue_requests + state.free
-            || state.tokens + tokens > self.queue_tokens;
-        if full {
-            let (requests, waiting) = (state.requests, state.tokens);
+        let Load {
+            requests,
+            tokens: waiting,
+            ..
+        } = state.waiting;
+        if requests >= self.queue_requests + state.free || waiting + tokens > self.queue_tokens {
             let message = format!(
                 "the queue is full: {requests} requests with {waiting} prompt tokens wait; try again later"
             );
-            return Err(CoreError::new(Code::QueueFull, message).with_retry_after(RETRY_AFTER_S));
+            let seconds = state.rate.seconds(Instant::now(), state.waiting);
+            return Err(CoreError::new(Code::QueueFull, message).with_retry_after(seconds));
         }
-        state.requests += 1;
-        state.tokens += tokens;
+        state.waiting.add(load);
         state.commands.push(Command::Submit(Box::new(job)));
         drop(state);
         self.arrived.notify_one();
@@ -124,6 +185,31 @@ impl Inbox {
             drop(state);
             self.arrived.notify_one();
         }
+    }
+
+    /// Takes a request out that nobody waits for any more. What it had in the queue leaves the counts at once, whatever
+    /// the engine thread does meanwhile. True when that thread has not even heard of it.
+    pub(crate) fn leave(&self, number: u64, waiting: Option<Load>, why: Leave) -> bool {
+        let mut state = self.state.lock();
+        if let Some(load) = waiting {
+            state.waiting.sub(load);
+        }
+        let submitted =
+            |command: &Command| matches!(command, Command::Submit(job) if job.number == number);
+        if let Some(at) = state.commands.iter().rposition(submitted) {
+            state.commands.remove(at);
+            return true;
+        }
+        if matches!(state.phase, Phase::Running(_)) {
+            state.commands.push(Command::Leave {
+                number,
+                waiting,
+                why,
+            });
+            drop(state);
+            self.arrived.notify_one();
+        }
+        false
     }
 
     /// Moves everything that arrived into `commands`, waiting when there is nothing. False when the pool is
@@ -146,21 +232,30 @@ impl Inbox {
         matches!(state.phase, Phase::Running(_))
     }
 
-    /// Reports what waits after a step was planned. Nothing that arrived since the last `take` is in `counts`.
-    pub(crate) fn report(&self, counts: &Counts) {
+    /// Reports what waits after a step was planned, and what got a slot in it. Nothing that arrived since the last
+    /// `take` is in `counts`.
+    pub(crate) fn report(&self, now: Instant, counts: &Counts, started: Load) {
         let mut state = self.state.lock();
         let Phase::Running(capacity) = state.phase else {
             return;
         };
-        let (mut requests, mut tokens) = (counts.waiting_requests, counts.waiting_tokens);
+        let mut waiting = Load {
+            requests: counts.waiting_requests,
+            sequences: counts.waiting,
+            tokens: counts.waiting_tokens,
+        };
+        state.rate.note(now, started, counts.waiting > 0);
         for command in &state.commands {
-            if let Command::Submit(job) = command {
-                requests += 1;
-                tokens += job.tokens();
+            match command {
+                Command::Submit(job) => waiting.add(Load::of(job)),
+                Command::Leave {
+                    waiting: Some(load),
+                    ..
+                } => waiting.sub(*load),
+                Command::Leave { .. } | Command::Stop(_) | Command::Unpark(_) => {}
             }
         }
-        state.requests = requests;
-        state.tokens = tokens;
+        state.waiting = waiting;
         state.free = capacity.slots.saturating_sub(counts.slots_used);
     }
 
@@ -171,12 +266,16 @@ impl Inbox {
             Phase::Loading | Phase::Failed => {
                 state.phase = Phase::Running(capacity);
                 state.free = capacity.slots;
-                (state.requests, state.tokens) = (0, 0);
+                state.waiting = Load::default();
                 Ok(())
             }
             Phase::Running(_) => Err(CoreError::new(
                 Code::Internal,
                 "the pool already runs an engine",
+            )),
+            Phase::Stuck => Err(CoreError::new(
+                Code::Internal,
+                "the engine thread of the pool stands still",
             )),
             Phase::Stopped => Err(CoreError::new(Code::Draining, "the pool was stopped")),
         }
@@ -185,8 +284,21 @@ impl Inbox {
     /// The engine is lost; requests are refused as unavailable until another one opens the door.
     pub(crate) fn fail(&self) {
         let mut state = self.state.lock();
-        if state.phase != Phase::Stopped {
+        if !matches!(state.phase, Phase::Stopped | Phase::Stuck) {
             state.phase = Phase::Failed;
+        }
+    }
+
+    /// The engine thread stands still. False when it has ended meanwhile.
+    pub(crate) fn stick(&self) -> bool {
+        let mut state = self.state.lock();
+        match state.phase {
+            Phase::Running(_) => {
+                state.phase = Phase::Stuck;
+                state.waiting = Load::default();
+                true
+            }
+            phase => phase == Phase::Stopped,
         }
     }
 
@@ -216,7 +328,7 @@ impl State {
                 Code::Unavailable,
                 "the engine is still being loaded; try again",
             )),
-            Phase::Failed => Err(CoreError::new(
+            Phase::Failed | Phase::Stuck => Err(CoreError::new(
                 Code::Unavailable,
                 "the engine has failed and is being restarted",
             )),

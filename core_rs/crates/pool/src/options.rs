@@ -21,6 +21,8 @@ pub struct Options {
     pub stream_frames: u32,
     /// How long a request may stay parked before it is cut.
     pub stall_timeout: Duration,
+    /// How long a parked request keeps its slots while others wait for one.
+    pub stall_yield: Duration,
     /// Time from arrival to prefill of a request that names none.
     pub default_timeout: Duration,
     /// Whether a sequence may start from a prefix that some slot already holds.
@@ -43,6 +45,7 @@ impl Options {
             step_tokens: 512,
             stream_frames: 64,
             stall_timeout: Duration::from_secs(60),
+            stall_yield: Duration::from_secs(2),
             default_timeout: Duration::from_secs(120),
             prefix_reuse: true,
             shared_prefixes: Vec::new(),

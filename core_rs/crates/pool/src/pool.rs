@@ -1,12 +1,14 @@
 //! The pool as its owner sees it.
 
+use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use helix_text::{LoadError, TextModel};
-use helix_wire::error::CoreError;
+use helix_wire::error::{Code, CoreError};
 use helix_wire::server::{Limits, Listener, Server, Services};
 use helix_wire::v1::{ModelInfo, PoolState};
 use parking_lot::Mutex;
@@ -14,10 +16,12 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::engine::{RunError, StepEngine};
 use crate::engine_loop::{EngineLoop, instant, ticks};
-use crate::inbox::{Inbox, Phase};
+use crate::inbox::{Inbox, Leave, Load, Phase};
 use crate::options::Options;
+use crate::outbox::Outbox;
 use crate::owner::SharedPrefixes;
 use crate::service::Service;
+use crate::watchdog::{Pulse, Stuck, TICK, Watchdog};
 
 /// Threads that may tokenise long prompts at a time.
 const TOKENISERS: usize = 4;
@@ -70,8 +74,11 @@ pub(crate) struct Shared {
     /// Bytes of the longest token.
     pub(crate) longest_token: usize,
     pub(crate) tokenisers: Arc<Semaphore>,
-    /// Requests whose answer has not been handed over completely.
-    pub(crate) live: AtomicUsize,
+    /// Requests whose answer has not been handed over completely, by the name that their callers know.
+    live: Mutex<HashMap<u64, Live>>,
+    /// Makes these names.
+    names: RandomState,
+    pub(crate) pulse: Pulse,
     pub(crate) state: watch::Sender<PoolState>,
     /// Ends the streams that would go on for ever.
     pub(crate) closed: watch::Sender<bool>,
@@ -79,8 +86,17 @@ pub(crate) struct Shared {
     next: AtomicU64,
     accepted: AtomicU64,
     refused: AtomicU64,
+    /// Left before the engine thread had heard of them.
+    cancelled: AtomicU64,
+    failed: AtomicU64,
     /// What ticks are counted from.
     epoch: Instant,
+}
+
+#[derive(Clone)]
+struct Live {
+    number: u64,
+    outbox: Arc<Outbox>,
 }
 
 impl Pool {
@@ -104,6 +120,7 @@ impl Pool {
         };
         let state = PoolState {
             models: vec![model],
+            reason: "engine_loading".to_owned(),
             ..PoolState::default()
         };
         let shared = Shared {
@@ -113,13 +130,17 @@ impl Pool {
             options,
             longest_token,
             tokenisers: Arc::new(Semaphore::new(TOKENISERS)),
-            live: AtomicUsize::new(0),
+            live: Mutex::default(),
+            names: RandomState::new(),
+            pulse: Pulse::default(),
             state: watch::Sender::new(state),
             closed: watch::Sender::new(false),
             stats: Mutex::default(),
             next: AtomicU64::new(0),
             accepted: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            cancelled: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
             epoch: Instant::now(),
         };
         Self {
@@ -157,6 +178,29 @@ impl Pool {
         EngineLoop::new(&self.shared, capacity)?.run(engine)
     }
 
+    /// Watches the engine thread; blocks the calling thread until the pool is stopped (`None`), or until that thread
+    /// stands still: then the pool is not ready any more and every request has ended as `engine_failed`. The process
+    /// must be replaced, for nothing can end a thread.
+    ///
+    /// `ceiling`: what no engine step may take. A step that computes no more than others before it may take ten times
+    /// as long as these, and 6 s in any case.
+    pub fn watch(&self, ceiling: Duration) -> Option<Stuck> {
+        let mut dog = Watchdog::new(ceiling, Instant::now());
+        loop {
+            std::thread::sleep(TICK);
+            if let Some(stuck) = dog.look(&self.shared.pulse, Instant::now())
+                && self.shared.inbox.stick()
+            {
+                self.shared.abandon(stuck);
+                return Some(stuck);
+            }
+            // A step that runs on when the pool is stopped may stand still, too.
+            if self.shared.inbox.phase().0 == Phase::Stopped && !self.shared.pulse.beats() {
+                return None;
+            }
+        }
+    }
+
     /// Not ready from now on: new requests are refused, running ones go on.
     pub fn drain(&self) {
         self.shared.inbox.drain();
@@ -165,7 +209,7 @@ impl Pool {
 
     /// Whether no request is in work or on its way to its client.
     pub fn is_idle(&self) -> bool {
-        self.shared.live.load(Ordering::Acquire) == 0
+        self.shared.live.lock().is_empty()
     }
 
     /// Cuts what still runs with an error frame, ends [`Pool::run`] and the streams of watchers. The server
@@ -178,10 +222,17 @@ impl Pool {
 
     /// Counts up to the latest step.
     pub fn stats(&self) -> Stats {
+        let shared = &self.shared;
+        let stats = shared.engine_stats();
+        let waiting = shared.inbox.waiting();
         Stats {
-            requests_accepted: self.shared.accepted.load(Ordering::Relaxed),
-            requests_refused: self.shared.refused.load(Ordering::Relaxed),
-            ..*self.shared.stats.lock()
+            queued: waiting.sequences,
+            queued_tokens: waiting.tokens,
+            requests_accepted: shared.accepted.load(Ordering::Relaxed),
+            requests_refused: shared.refused.load(Ordering::Relaxed),
+            requests_cancelled: stats.requests_cancelled + shared.cancelled.load(Ordering::Relaxed),
+            requests_failed: stats.requests_failed + shared.failed.load(Ordering::Relaxed),
+            ..stats
         }
     }
 }
@@ -197,6 +248,62 @@ impl Shared {
 
     pub(crate) fn next_number(&self) -> u64 {
         self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Enters a request whose answer is about to be made; returns its name.
+    pub(crate) fn enter(&self, number: u64, outbox: Arc<Outbox>) -> u64 {
+        let name = self.name(number);
+        self.live.lock().insert(name, Live { number, outbox });
+        name
+    }
+
+    /// Nobody reads the answer any more.
+    pub(crate) fn forget(&self, name: u64) {
+        self.live.lock().remove(&name);
+    }
+
+    /// A name that only those know who were told.
+    pub(crate) fn name(&self, number: u64) -> u64 {
+        self.names.hash_one(number)
+    }
+
+    /// The number of a request that has not ended.
+    pub(crate) fn named(&self, name: u64) -> Option<u64> {
+        self.live.lock().get(&name).map(|live| live.number)
+    }
+
+    /// Lets go of a request that nobody waits for, whatever the engine thread does meanwhile.
+    pub(crate) fn leave(&self, number: u64, outbox: &Outbox, load: Load, why: Leave) {
+        let waiting = outbox.waits().then_some(load);
+        if self.inbox.leave(number, waiting, why) {
+            let count = match why {
+                Leave::Cancelled => &self.cancelled,
+                Leave::Late => &self.failed,
+            };
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        self.publish_phase();
+    }
+
+    /// What a request hears whose deadline passes before it has a slot.
+    pub(crate) fn late(&self) -> CoreError {
+        let message =
+            "the deadline passed before the request got its turn; the server is busy, try again";
+        CoreError::new(Code::DeadlineExceeded, message).with_retry_after(self.inbox.retry_after())
+    }
+
+    /// Ends every request in place of the engine thread.
+    fn abandon(&self, stuck: Stuck) {
+        self.publish_phase();
+        let message = format!(
+            "the engine stands still for {} s, so the pool is restarted; try again",
+            stuck.stood.as_secs()
+        );
+        let now = Instant::now();
+        let live: Vec<Live> = self.live.lock().values().cloned().collect();
+        for Live { outbox, .. } in live {
+            outbox.abandon(now, CoreError::new(Code::EngineFailed, message.clone()));
+        }
     }
 
     pub(crate) fn count_accepted(&self) {
@@ -225,32 +332,27 @@ impl Shared {
         let int = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         let ready = matches!(phase, Phase::Running(_)) && !draining;
         let draining = draining || phase == Phase::Stopped;
-        let now = (
-            ready,
-            draining,
-            int(stats.slots),
-            int(stats.running),
-            int(stats.queued),
-        );
+        let reason = match phase {
+            _ if draining => "draining",
+            Phase::Loading => "engine_loading",
+            Phase::Failed => "engine_failed",
+            Phase::Stuck => "engine_stuck",
+            Phase::Running(_) | Phase::Stopped => "",
+        };
+        let queued = int(self.inbox.waiting().sequences);
+        let (slots, running) = (int(stats.slots), int(stats.running));
         self.state.send_if_modified(|state| {
-            if now
-                == (
-                    state.ready,
-                    state.draining,
-                    state.slots,
-                    state.running,
-                    state.queued,
-                )
+            let known = (state.ready, state.draining, state.reason.as_str());
+            if known == (ready, draining, reason)
+                && (state.slots, state.running, state.queued) == (slots, running, queued)
             {
                 return false;
             }
-            (
-                state.ready,
-                state.draining,
-                state.slots,
-                state.running,
-                state.queued,
-            ) = now;
+            (state.ready, state.draining) = (ready, draining);
+            (state.slots, state.running, state.queued) = (slots, running, queued);
+            if state.reason != reason {
+                reason.clone_into(&mut state.reason);
+            }
             if let (Phase::Running(capacity), [model]) = (phase, state.models.as_mut_slice()) {
                 model.max_model_len = int(capacity.max_len);
                 model.vocab_size = int(capacity.vocab_size);

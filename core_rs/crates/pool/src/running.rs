@@ -1,15 +1,15 @@
 //! One request in work: its choices, its counts, its way back.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use helix_sample::SampleError;
 use helix_sched::{Item, NewSequence, Scope, Started};
 use helix_text::TextModel;
-use helix_wire::error::CoreError;
+use helix_wire::error::{Code, CoreError};
 use helix_wire::v1::{FinishReason, Finished, Usage};
 
-use crate::outbox::{Outbox, Room, Staged};
+use crate::outbox::{Outbox, Room, Staged, micros};
 use crate::request::{Job, Prompt, Wishes, sequence_id, split};
 use crate::sequence::{Rows, Sampled, Sequence, Tools};
 
@@ -35,10 +35,6 @@ pub(crate) struct Running {
     parked: Option<Instant>,
     /// Whether this step has touched the request.
     pub(crate) touched: bool,
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn int(value: usize) -> u32 {
@@ -90,13 +86,14 @@ impl Running {
     /// A choice got its slot.
     pub(crate) fn start(&mut self, started: &Started, text: &TextModel, now: Instant) {
         let (_, choice) = split(started.id);
-        if !self.started {
-            self.started = true;
-            self.usage.queue_us = micros(now - self.arrival);
-        }
         // The choices of one prompt copy from each other; that saves the caller nothing.
         if choice % self.wishes.n == 0 {
             self.usage.cached_tokens += int(started.cached);
+        }
+        if !self.started {
+            self.started = true;
+            self.usage.queue_us = micros(now - self.arrival);
+            self.outbox.start(self.usage);
         }
         let prompt = &self.prompts[choice / self.wishes.n];
         let sequence = Sequence::new(choice, prompt, &self.wishes, text, &mut self.staged);
@@ -172,13 +169,25 @@ impl Running {
         alive.map(|(choice, _)| sequence_id(self.number, choice))
     }
 
+    /// Tokens of a choice's prompt.
+    pub(crate) fn prompt_tokens(&self, choice: usize) -> usize {
+        let prompt = self.prompts.get(choice / self.wishes.n);
+        prompt.map_or(0, |prompt| prompt.ids.len())
+    }
+
+    /// Choices that have a slot.
+    pub(crate) fn slots(&self) -> usize {
+        let working = |choice: &&Choice| matches!(choice, Choice::Working(_));
+        self.choices.iter().filter(working).count()
+    }
+
     pub(crate) fn is_over(&self) -> bool {
         self.alive == 0
     }
 
     /// Sends what is staged. True when the reader is too far behind now.
     pub(crate) fn deliver(&mut self, now: Instant) -> bool {
-        if self.staged.is_empty() || self.outbox.push(&mut self.staged) == Room::Left {
+        if self.staged.is_empty() || self.outbox.push(&mut self.staged, self.usage) == Room::Left {
             return false;
         }
         self.parked = Some(now);
@@ -201,9 +210,14 @@ impl Running {
 
     /// Ends every choice that still runs with an error.
     pub(crate) fn fail(mut self, now: Instant, error: CoreError) {
+        let reason = if error.code == Code::Cancelled {
+            FinishReason::Cancelled
+        } else {
+            FinishReason::Error
+        };
         for choice in 0..self.choices.len() {
             if !matches!(self.choices[choice], Choice::Done) {
-                self.end(choice, FinishReason::Error);
+                self.end(choice, reason);
             }
         }
         self.close(now, Err(error));
@@ -211,9 +225,6 @@ impl Running {
 
     fn close(&mut self, now: Instant, end: Result<(), CoreError>) {
         self.usage.total_us = micros(now - self.arrival);
-        if !self.started {
-            self.usage.queue_us = self.usage.total_us;
-        }
         self.outbox.finish(&mut self.staged, self.usage, end);
     }
 }

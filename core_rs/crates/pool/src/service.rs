@@ -2,23 +2,24 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::{Stream, stream};
+use helix_sched::Scope;
 use helix_wire::error::{Code, CoreError};
 use helix_wire::v1::inference_server::{Inference, InferenceServer};
 use helix_wire::v1::{
     Accepted, DetokenizeReply, DetokenizeRequest, GenerateFrame, GenerateRequest, PoolState,
-    TokenizeReply, TokenizeRequest, Usage, WatchRequest,
+    StopReply, StopRequest, TokenizeReply, TokenizeRequest, Usage, WatchRequest,
 };
 use tokio::sync::watch;
+use tokio::time::{Sleep, sleep_until, timeout_at};
 use tonic::{Request, Response, Status};
 use tracing::info;
 
 use crate::encode::{Encoded, encode_all};
-use crate::inbox::Command;
+use crate::inbox::{Command, Leave, Load};
 use crate::outbox::Outbox;
 use crate::owner::scope;
 use crate::pool::Shared;
@@ -65,14 +66,18 @@ impl Service {
             check_input(input, capacity, shared.longest_token)
                 .map_err(|error| of_prompt(error, index, count))?;
         }
-        let encoded = encode_all(
+        let limit = timeout(request.timeout_ms, grpc, shared.options.default_timeout);
+        let deadline = arrival + limit;
+        let encoding = encode_all(
             &shared.text,
             &shared.tokenisers,
             request.inputs,
             true,
             capacity.max_len,
-        )
-        .await?;
+        );
+        let encoded = timeout_at(deadline.into(), encoding)
+            .await
+            .map_err(|_| shared.late())??;
         let mut prompts = Vec::with_capacity(count);
         for (index, input) in encoded.into_iter().enumerate() {
             let prompt = known(&input.ids, capacity.vocab_size, input.param).and_then(|()| {
@@ -83,43 +88,77 @@ impl Service {
         if !request.stream {
             wishes.check_held(&prompts)?;
         }
+        let prepared = Prepared {
+            number,
+            scope,
+            request_id: request.request_id,
+            stream: request.stream,
+            arrival,
+            deadline,
+            prompts,
+            wishes,
+        };
+        self.submit(prepared)
+    }
+
+    /// Queues a request that was checked.
+    fn submit(&self, prepared: Prepared) -> Result<Answer, CoreError> {
+        let shared = &self.shared;
+        let Prepared {
+            number,
+            arrival,
+            deadline,
+            ..
+        } = prepared;
         let accepted = Accepted {
             model: shared.options.model_id.clone(),
-            prompt_tokens: prompts
+            prompt_tokens: prepared
+                .prompts
                 .iter()
                 .map(|prompt| u32::try_from(prompt.ids.len()).unwrap_or(u32::MAX))
                 .collect(),
+            call: shared.name(number),
         };
         let outbox = Arc::new(Outbox::new(
             accepted,
+            prepared.prompts.len() * prepared.wishes.n,
             shared.options.stream_frames,
-            request.stream,
+            prepared.stream,
+            arrival,
         ));
         let job = Job {
             number,
             arrival,
-            deadline: arrival + timeout(request.timeout_ms, grpc, shared.options.default_timeout),
-            scope,
-            prompts,
-            wishes,
+            deadline,
+            scope: prepared.scope,
+            prompts: prepared.prompts,
+            wishes: prepared.wishes,
             outbox: Arc::clone(&outbox),
         };
-        let tokens = job.tokens();
+        let load = Load::of(&job);
         // Before the job is queued, so that the pool never looks idle while it holds one.
-        shared.live.fetch_add(1, Ordering::AcqRel);
-        if let Err(refused) = shared.inbox.submit(job, tokens) {
-            shared.live.fetch_sub(1, Ordering::AcqRel);
+        let name = shared.enter(number, Arc::clone(&outbox));
+        if let Err(refused) = shared.inbox.submit(job) {
+            shared.forget(name);
             return Err(refused);
         }
         shared.count_accepted();
         Ok(Answer {
             number,
-            request_id: request.request_id,
+            name,
+            request_id: prepared.request_id,
             outbox,
+            load,
+            deadline: Some(Box::pin(sleep_until(deadline.into()))),
             shared: Arc::clone(shared),
             usage: None,
             error: None,
         })
+    }
+
+    /// When the caller of a short call has waited long enough.
+    fn deadline<T>(&self, request: &Request<T>) -> Instant {
+        Instant::now() + timeout(0, grpc_limit(request), self.shared.options.default_timeout)
     }
 
     fn prompt(
@@ -154,10 +193,7 @@ impl Inference for Service {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Answer>, Status> {
         let arrival = Instant::now();
-        let grpc = request
-            .metadata()
-            .get("grpc-timeout")
-            .and_then(|value| grpc_timeout(value.to_str().ok()?));
+        let grpc = grpc_limit(&request);
         let request = request.into_inner();
         let request_id = request.request_id.clone();
         match self.admit(request, arrival, grpc).await {
@@ -174,26 +210,37 @@ impl Inference for Service {
         }
     }
 
+    async fn stop(&self, request: Request<StopRequest>) -> Result<Response<StopReply>, Status> {
+        // One that has ended meanwhile needs no end.
+        if let Some(number) = self.shared.named(request.get_ref().call) {
+            self.shared.inbox.send(Command::Stop(number));
+        }
+        Ok(Response::new(StopReply {}))
+    }
+
     async fn tokenize(
         &self,
         request: Request<TokenizeRequest>,
     ) -> Result<Response<TokenizeReply>, Status> {
-        let request = request.into_inner();
         let shared = &self.shared;
+        let deadline = self.deadline(&request);
+        let request = request.into_inner();
         let capacity = shared.inbox.capacity()?;
         check_model(&request.model, &shared.options)?;
         let inputs: Vec<_> = request.input.into_iter().collect();
         for input in &inputs {
             check_input(input, capacity, shared.longest_token)?;
         }
-        let encoded = encode_all(
+        let encoding = encode_all(
             &shared.text,
             &shared.tokenisers,
             inputs,
             request.add_special_tokens,
             usize::MAX,
-        )
-        .await?;
+        );
+        let encoded = timeout_at(deadline.into(), encoding)
+            .await
+            .map_err(|_| shared.late())??;
         let Some(input) = encoded.into_iter().next() else {
             return Err(CoreError::invalid(
                 "prompt",
@@ -212,6 +259,7 @@ impl Inference for Service {
         &self,
         request: Request<DetokenizeRequest>,
     ) -> Result<Response<DetokenizeReply>, Status> {
+        let deadline = self.deadline(&request);
         let request = request.into_inner();
         let vocab = self.shared.inbox.capacity()?.vocab_size;
         check_model(&request.model, &self.shared.options)?;
@@ -225,8 +273,9 @@ impl Inference for Service {
         known(&request.tokens, vocab, "tokens")?;
         let text = self.shared.text.clone();
         let work = tokio::task::spawn_blocking(move || text.decode(&request.tokens));
-        let text = work
+        let text = timeout_at(deadline.into(), work)
             .await
+            .map_err(|_| self.shared.late())?
             .map_err(|error| CoreError::new(Code::Internal, error.to_string()))?;
         Ok(Response::new(DetokenizeReply { text }))
     }
@@ -252,6 +301,24 @@ impl Inference for Service {
         });
         Ok(Response::new(Box::pin(states)))
     }
+}
+
+/// A request that was checked and tokenised.
+struct Prepared {
+    number: u64,
+    scope: Scope,
+    request_id: String,
+    stream: bool,
+    arrival: Instant,
+    deadline: Instant,
+    prompts: Vec<Prompt>,
+    wishes: Wishes,
+}
+
+/// The time that the header `grpc-timeout` gives.
+fn grpc_limit<T>(request: &Request<T>) -> Option<Duration> {
+    let value = request.metadata().get("grpc-timeout")?;
+    grpc_timeout(value.to_str().ok()?)
 }
 
 /// Says which of several prompts is at fault.
@@ -288,8 +355,13 @@ fn shown(request_id: &str) -> &str {
 /// One request's frames. Dropping it cancels whatever still runs.
 pub(crate) struct Answer {
     number: u64,
+    name: u64,
     request_id: String,
     outbox: Arc<Outbox>,
+    /// What the request has in the queue while it waits.
+    load: Load,
+    /// Until the request has a slot: kept here, so that it passes even while the engine thread stands still.
+    deadline: Option<Pin<Box<Sleep>>>,
     shared: Arc<Shared>,
     usage: Option<Usage>,
     error: Option<Code>,
@@ -299,12 +371,18 @@ impl Stream for Answer {
     type Item = Result<GenerateFrame, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let taken = self.outbox.poll(cx);
+        let mut taken = self.outbox.poll(cx);
+        if taken.poll.is_pending() && self.is_late(cx) {
+            taken = self.outbox.poll(cx);
+        }
         if taken.resume {
             self.shared.inbox.send(Command::Unpark(self.number));
         }
         match &taken.poll {
-            Poll::Ready(Some(Ok(frame))) if frame.usage.is_some() => self.usage = frame.usage,
+            Poll::Ready(Some(Ok(frame))) => {
+                self.deadline = None;
+                self.usage = frame.usage.or(self.usage);
+            }
             Poll::Ready(Some(Err(error))) => self.error = Some(error.code),
             _ => {}
         }
@@ -317,14 +395,32 @@ impl Stream for Answer {
 impl Drop for Answer {
     fn drop(&mut self) {
         if !self.outbox.close() {
-            self.shared.inbox.send(Command::Cancel(self.number));
+            self.shared
+                .leave(self.number, &self.outbox, self.load, Leave::Cancelled);
         }
-        self.shared.live.fetch_sub(1, Ordering::AcqRel);
+        self.shared.forget(self.name);
         self.log();
     }
 }
 
 impl Answer {
+    /// Ends a request whose deadline has passed while it waits.
+    fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(deadline) = &mut self.deadline else {
+            return false;
+        };
+        if deadline.as_mut().poll(cx).is_pending() {
+            return false;
+        }
+        self.deadline = None;
+        let late = self.outbox.expire(self.shared.late());
+        if late {
+            self.shared
+                .leave(self.number, &self.outbox, self.load, Leave::Late);
+        }
+        late
+    }
+
     /// One line per request, written here and not on the engine thread, which must not wait for a pipe.
     fn log(&self) {
         let usage = self.usage.unwrap_or_default();

@@ -22,11 +22,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::client::Grpc;
 use tonic::{Request, Status};
 
-use crate::error::CoreError;
+use crate::error::{Code, CoreError};
 
 /// Slow readers may hold a whole stream window each; the connection must not run out because of them.
 const CONNECTION_WINDOW: u32 = 1 << 30;
@@ -58,8 +58,9 @@ impl Default for Options {
             connect_timeout: Duration::from_secs(2),
             backoff_min: Duration::from_millis(50),
             backoff_max: Duration::from_secs(2),
-            ping_interval: Duration::from_secs(5),
-            ping_timeout: Duration::from_secs(10),
+            // A peer that stands still is noticed within 7 s, and its calls fail or go elsewhere.
+            ping_interval: Duration::from_secs(2),
+            ping_timeout: Duration::from_secs(5),
             stream_window: 64 * 1024,
         }
     }
@@ -399,6 +400,22 @@ pub(crate) fn request<T>(message: T, request_id: &str) -> Request<T> {
         request.metadata_mut().insert("x-request-id", id);
     }
     request
+}
+
+/// What comes before the deadline; the error says that `whose` answer did not.
+pub(crate) async fn within<T>(
+    deadline: Option<Instant>,
+    whose: &str,
+    work: impl Future<Output = T>,
+) -> Result<T, CoreError> {
+    let Some(deadline) = deadline else {
+        return Ok(work.await);
+    };
+    let late = |_| {
+        let message = format!("{whose} did not answer in time; try again");
+        CoreError::new(Code::DeadlineExceeded, message)
+    };
+    timeout_at(deadline, work).await.map_err(late)
 }
 
 /// Ends when a ping was not answered in time.

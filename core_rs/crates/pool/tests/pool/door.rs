@@ -164,19 +164,120 @@ async fn a_deadline_ends_the_wait_and_not_the_work() {
         .metadata_mut()
         .insert("grpc-timeout", "30m".parse().unwrap());
     let by_header = pool.client.generate(by_header).await.unwrap().into_inner();
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    open.send(()).unwrap();
+    // The engine thread stands in a step all the time.
     for stream in [by_field, by_header] {
         let answer = collect(stream).await;
         assert_eq!(answer.error.unwrap().code, Code::DeadlineExceeded);
-        assert_eq!(answer.usage.unwrap().completion_tokens, 0);
+        assert_eq!(answer.frames, 0, "nothing was sent before");
     }
+    assert_eq!(pool.pool.stats().queued, 0);
     drop(open);
     assert_eq!(
         collect(running).await.texts,
         ["bcd"],
         "what has begun goes on"
     );
+    pool.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_request_is_accepted_when_it_has_a_slot() {
+    let (engine, open) = Alphabet::new(1, 64).gated();
+    let mut pool = start(engine, options()).await;
+    let mut running = pool.generate(ask("a", 2)).await.unwrap();
+    let first = running.message().await.unwrap().unwrap();
+    assert!(first.accepted.is_some() && first.deltas.is_empty());
+    let mut waiting = pool.generate(ask("b", 1)).await.unwrap();
+    open.send(()).unwrap();
+    assert_eq!(running.message().await.unwrap().unwrap().deltas.len(), 1);
+    tokio::select! {
+        biased;
+        early = waiting.message() => panic!("{early:?}"),
+        () = tokio::task::yield_now() => {}
+    }
+    open.send(()).unwrap();
+    let accepted = waiting.message().await.unwrap().unwrap().accepted.unwrap();
+    assert_eq!(accepted.prompt_tokens, [1]);
+    drop(open);
+    pool.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn who_leaves_the_queue_counts_no_more_at_once() {
+    let (engine, open) = Alphabet::new(1, 64).gated();
+    let limited = Options {
+        queue_requests: 1,
+        ..options()
+    };
+    let mut pool = start(engine, limited).await;
+    let running = pool.generate(ask("a", 3)).await.unwrap();
+    pool.watched(|state| state.running == 1).await;
+    for _ in 0..3 {
+        let waiting = pool.generate(ask("bb", 3)).await.unwrap();
+        let stats = pool.pool.stats();
+        assert_eq!((stats.queued, stats.queued_tokens), (1, 2));
+        assert_eq!(refused(&mut pool, ask("c", 3)).await.code, Code::QueueFull);
+        drop(waiting);
+        // No step ends meanwhile.
+        until("it has left", || pool.pool.stats().queued == 0).await;
+        pool.watched(|state| state.queued == 0).await;
+    }
+    assert_eq!(pool.pool.stats().queued_tokens, 0);
+    drop(open);
+    assert_eq!(collect(running).await.texts, ["bcd"]);
+    assert_eq!(pool.pool.stats().requests_cancelled, 3);
+    pool.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn who_leaves_the_scheduler_s_queue_counts_no_more_either() {
+    let (engine, open) = Alphabet::new(1, 64).gated();
+    let mut pool = start(engine, options()).await;
+    let running = pool.generate(ask("a", 3)).await.unwrap();
+    pool.watched(|state| state.running == 1).await;
+    let waiting = pool.generate(ask("b", 3)).await.unwrap();
+    open.send(()).unwrap(); // the engine thread takes it over, and stands in the next step
+    pool.watched(|state| state.queued == 1).await;
+    drop(waiting);
+    pool.watched(|state| state.queued == 0).await;
+    assert_eq!(pool.pool.stats().queued, 0);
+    drop(open);
+    assert_eq!(collect(running).await.texts, ["bcd"]);
+    pool.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_time_to_come_back_grows_with_the_queue() {
+    let (engine, open) = Alphabet::new(1, 64).gated();
+    let limited = Options {
+        queue_requests: 40,
+        ..options()
+    };
+    let mut pool = start(engine, limited).await;
+    let mut all = vec![pool.generate(ask("a", 1)).await.unwrap()];
+    pool.watched(|state| state.running == 1).await;
+    for _ in 0..40 {
+        all.push(pool.generate(ask("b", 1)).await.unwrap());
+    }
+    // Each step ends one request; a tenth of a second goes by for each.
+    for left in (35..40).rev() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        open.send(()).unwrap();
+        pool.watched(|state| state.queued == left).await;
+    }
+    while pool.pool.stats().queued < 40 {
+        all.push(pool.generate(ask("b", 1)).await.unwrap());
+    }
+    let error = refused(&mut pool, ask("c", 1)).await;
+    let seconds = error.retry_after_s.unwrap();
+    assert!(
+        (3..=60).contains(&seconds),
+        "40 requests, at most 10 a second: {error:?}"
+    );
+    drop(open);
+    for stream in all {
+        assert_eq!(collect(stream).await.error, None);
+    }
     pool.stop().await.unwrap();
 }
 

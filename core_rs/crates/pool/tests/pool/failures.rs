@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use helix_pool::{Options, Pool, RunError};
 use helix_wire::error::{Code, CoreError};
@@ -98,6 +99,46 @@ async fn nonsense_logits_fail_the_request_and_not_the_engine() {
     pool.stop().await.unwrap();
 }
 
+#[tokio::test]
+async fn an_engine_that_stands_still_is_noticed_from_outside() {
+    let (engine, open) = Alphabet::new(1, 64).gated();
+    let mut pool = start(engine, options()).await;
+    let watching = pool.pool.clone();
+    let watchdog = std::thread::spawn(move || watching.watch(Duration::from_millis(200)));
+    let running = pool.generate(ask("a", 9)).await.unwrap();
+    open.send(()).unwrap(); // one step, then none
+    pool.watched(|state| state.running == 1).await;
+    let waiting = pool.generate(ask("bcd", 9)).await.unwrap();
+    let answer = collect(running).await;
+    assert_eq!(answer.error.unwrap().code, Code::EngineFailed);
+    assert_eq!(answer.reasons, [ERROR]);
+    let usage = answer.usage.unwrap();
+    assert_eq!((usage.prompt_tokens, usage.completion_tokens), (1, 1));
+    let answer = collect(waiting).await;
+    assert_eq!(answer.error.unwrap().code, Code::EngineFailed);
+    pool.watched(|state| !state.ready && state.reason == "engine_stuck")
+        .await;
+    assert_eq!(
+        refusal(pool.client.generate(ask("c", 1)).await).code,
+        Code::Unavailable
+    );
+    assert!(pool.pool.is_idle());
+    let stuck = watchdog.join().unwrap().unwrap();
+    assert_eq!((stuck.tokens, stuck.limit), (1, Duration::from_millis(200)));
+    drop(open); // it comes back too late
+    pool.engine.take().unwrap().join().unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_watchdog_ends_with_the_pool() {
+    let mut pool = start(Alphabet::new(1, 64), options()).await;
+    let watching = pool.pool.clone();
+    let watchdog = std::thread::spawn(move || watching.watch(Duration::from_secs(60)));
+    assert_eq!(pool.answer(ask("a", 3)).await.texts, ["bcd"]);
+    pool.stop().await.unwrap();
+    assert_eq!(watchdog.join().unwrap(), None);
+}
+
 struct Short;
 
 impl helix_pool::StepEngine for Short {
@@ -151,11 +192,11 @@ async fn stopping_cuts_with_a_final_frame() {
         Code::Draining
     );
     drop(open);
-    for stream in [running, waiting] {
+    for (stream, reasons) in [(running, vec![ERROR]), (waiting, vec![])] {
         let answer = collect(stream).await;
         assert_eq!(
             (answer.reasons, answer.error.unwrap().code),
-            (vec![ERROR], Code::Draining)
+            (reasons, Code::Draining)
         );
     }
     pool.stop().await.unwrap();

@@ -381,7 +381,12 @@ pub(crate) async fn collect(mut stream: Streaming<GenerateFrame>) -> Answer {
             }
         }
     }
-    assert!(answer.usage.is_some(), "no final frame: {answer:?}");
+    assert_eq!(
+        answer.usage.is_some(),
+        answer.frames > 0,
+        "what was accepted has a final frame: {answer:?}"
+    );
+    assert!(answer.frames > 0 || answer.error.is_some());
     assert!(
         answer.reasons.iter().all(|reason| *reason != 0),
         "a choice never ended"

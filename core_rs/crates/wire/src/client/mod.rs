@@ -13,13 +13,15 @@ mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use http::uri::PathAndQuery;
 use prost::Message;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
-use crate::connection::{self, Endpoint};
+use crate::connection::{self, Endpoint, within};
 use crate::error::{Code, CoreError};
 use crate::v1;
 
@@ -115,33 +117,36 @@ impl PoolSet {
 pub struct Caller(Arc<Shared>);
 
 impl Caller {
-    /// Text or chat to token ids. Returns the answer and the address of the pool that gave it.
+    /// Text or chat to token ids. Returns the answer and the address of the pool that gave it; `deadline_exceeded` when
+    /// there is none within `limit`, whichever pools were asked.
     pub async fn tokenize(
         &self,
         request: v1::TokenizeRequest,
         request_id: &str,
+        limit: Duration,
     ) -> Result<(v1::TokenizeReply, Arc<str>), CoreError> {
         let model = request.model.clone();
         self.unary(
             &model,
             Arc::new(request),
-            request_id,
+            (request_id, limit),
             "/helixflow.v1.Inference/Tokenize",
         )
         .await
     }
 
-    /// Token ids to text. Returns the answer and the address of the pool that gave it.
+    /// Token ids to text, as `tokenize`.
     pub async fn detokenize(
         &self,
         request: v1::DetokenizeRequest,
         request_id: &str,
+        limit: Duration,
     ) -> Result<(v1::DetokenizeReply, Arc<str>), CoreError> {
         let model = request.model.clone();
         self.unary(
             &model,
             Arc::new(request),
-            request_id,
+            (request_id, limit),
             "/helixflow.v1.Inference/Detokenize",
         )
         .await
@@ -151,7 +156,7 @@ impl Caller {
         &self,
         model: &str,
         message: Arc<T>,
-        request_id: &str,
+        (request_id, limit): (&str, Duration),
         path: &'static str,
     ) -> Result<(U, Arc<str>), CoreError>
     where
@@ -159,22 +164,18 @@ impl Caller {
         U: Message + Default + 'static,
     {
         let mut attempts = Attempts::default();
+        let until = Instant::now().checked_add(limit);
         loop {
             let lease = attempts.next(&self.0, model, 1)?;
             let mut grpc = lease.channel.grpc();
-            let request = connection::request(Arc::clone(&message), request_id);
-            let outcome = match grpc.ready().await {
-                Ok(()) => {
-                    grpc.unary(
-                        request,
-                        PathAndQuery::from_static(path),
-                        codec::Codec::default(),
-                    )
-                    .await
-                }
-                Err(status) => Err(status),
+            let mut request = connection::request(Arc::clone(&message), request_id);
+            request.set_timeout(limit);
+            let asked = async {
+                grpc.ready().await?;
+                let path = PathAndQuery::from_static(path);
+                grpc.unary(request, path, codec::Codec::default()).await
             };
-            match outcome {
+            match within(until, call::POOL, asked).await? {
                 Ok(response) => return Ok((response.into_inner(), lease.address())),
                 Err(status) => attempts.failed(&lease, status.into())?,
             }
@@ -253,6 +254,11 @@ struct Attempts {
 }
 
 impl Attempts {
+    /// Whether a pool has failed the call.
+    fn tried_any(&self) -> bool {
+        !self.tried.is_empty()
+    }
+
     /// A pool that was not tried yet; when there is none, the reason of the failed attempts.
     fn next(&mut self, shared: &Shared, model: &str, weight: usize) -> Result<Lease, CoreError> {
         shared

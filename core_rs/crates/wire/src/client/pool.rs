@@ -51,6 +51,9 @@ pub struct PoolView {
     pub load: Load,
     /// Why the last connection failed.
     pub last_error: Option<String>,
+    /// Why it is not ready, as it last told, also behind the end of its connection: `engine_stuck`, for example.
+    /// Empty: it told nothing.
+    pub reason: String,
 }
 
 /// How full a pool is, all its clients together.
@@ -75,6 +78,7 @@ struct Known {
     models: Arc<[v1::ModelInfo]>,
     load: Load,
     last_error: Option<String>,
+    reason: String,
     channel: Option<Channel>,
 }
 
@@ -85,6 +89,7 @@ impl Pool {
             models: Arc::new([]),
             load: Load::default(),
             last_error: None,
+            reason: String::new(),
             channel: None,
         };
         Self {
@@ -125,6 +130,7 @@ impl Pool {
             models: known.models.to_vec(),
             load: known.load,
             last_error: known.last_error.clone(),
+            reason: known.reason.clone(),
         }
     }
 
@@ -158,6 +164,7 @@ impl Pool {
         };
         known.channel = Some(channel.clone());
         known.last_error = None;
+        known.reason = told.reason;
         (before, state)
     }
 

@@ -13,11 +13,13 @@ use tonic::{Status, Streaming};
 
 use super::codec::Codec;
 use super::keeper;
-use crate::connection::{self, Channel, Endpoint, Options, Transport};
+use crate::connection::{self, Channel, Endpoint, Options, Transport, within};
 use crate::error::{Code, CoreError};
 
 /// A call waits no longer than this for a connection.
 const CONNECT_WAIT: Duration = Duration::from_secs(1);
+/// What did not answer, for messages.
+const SERVICE: &str = "the service";
 
 /// One connection to one of several equal servers: the first of the list that works, then the next.
 ///
@@ -195,7 +197,7 @@ impl Call {
                 Stage::Away => self.open().await,
                 Stage::Running(stream, number, begun) => {
                     let number = *number;
-                    match within(self.deadline, stream.message()).await {
+                    match within(self.deadline, SERVICE, stream.message()).await {
                         Ok(Ok(Some(message))) => {
                             *begun = true;
                             return Ok(Some(message));
@@ -229,7 +231,7 @@ impl Call {
             grpc.server_streaming(request, self.path.clone(), Codec)
                 .await
         };
-        match within(self.deadline, start).await? {
+        match within(self.deadline, SERVICE, start).await? {
             Ok(response) => {
                 self.stage = Stage::Running(Box::new(response.into_inner()), number, false);
                 Ok(())
@@ -252,16 +254,4 @@ impl Call {
         }
         Err(error)
     }
-}
-
-/// What comes before the deadline, or the error that says that nothing came.
-async fn within<T>(
-    deadline: Option<Instant>,
-    work: impl Future<Output = T>,
-) -> Result<T, CoreError> {
-    let Some(deadline) = deadline else {
-        return Ok(work.await);
-    };
-    let late = |_| CoreError::new(Code::DeadlineExceeded, "the service did not answer in time");
-    timeout_at(deadline, work).await.map_err(late)
 }

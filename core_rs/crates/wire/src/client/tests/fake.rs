@@ -30,8 +30,10 @@ pub(super) enum Answer {
     Refuse(CoreError),
     /// Accepted, this many deltas, then the wire's ending of a failed call.
     Fail(u32, CoreError),
-    /// Accepted, this many deltas, then nothing.
+    /// Accepted, this many deltas, then nothing until it is stopped.
     Hang(u32),
+    /// Not even accepted.
+    Mute,
     /// Deltas of one KiB without end.
     Flood,
 }
@@ -45,8 +47,12 @@ pub(super) struct Fake {
     pub(super) cancelled: watch::Sender<usize>,
     pub(super) state: watch::Sender<v1::PoolState>,
     pub(super) seen_ids: Mutex<Vec<String>>,
+    /// `grpc-timeout` of the calls, empty where there is none.
+    pub(super) seen_timeouts: Mutex<Vec<String>>,
     /// `Watch` streams that were opened.
     pub(super) watches: AtomicUsize,
+    /// A call is to end.
+    stopped: tokio::sync::Notify,
 }
 
 type Frames = Pin<Box<dyn Stream<Item = Result<GenerateFrame, Status>> + Send>>;
@@ -89,6 +95,7 @@ fn accepted() -> GenerateFrame {
         accepted: Some(v1::Accepted {
             model: "m".into(),
             prompt_tokens: vec![3],
+            call: 7,
         }),
         ..Default::default()
     }
@@ -115,14 +122,15 @@ impl Fake {
         let deltas = match &answer {
             Answer::Text(count) | Answer::Hang(count) | Answer::Fail(count, _) => *count,
             Answer::Flood => u32::MAX,
-            Answer::Refuse(_) => 0,
+            Answer::Refuse(_) | Answer::Mute => 0,
         };
         let text = if matches!(answer, Answer::Flood) {
             "x".repeat(1024)
         } else {
             "t".into()
         };
-        let frames = std::iter::once(accepted()).chain((0..deltas).map(|_| delta(&text)));
+        let first = (!matches!(answer, Answer::Mute)).then(accepted);
+        let frames = first.into_iter().chain((0..deltas).map(|_| delta(&text)));
         for frame in frames {
             if out.send(Ok(frame)).await.is_err() {
                 self.cancelled.send_modify(|count| *count += 1);
@@ -135,8 +143,16 @@ impl Fake {
                 let _ = out.send(Ok(finished(FinishReason::Error))).await;
                 let _ = out.send(Err(error.into())).await;
             }
-            Answer::Hang(_) => {
-                out.closed().await;
+            Answer::Hang(_) | Answer::Mute => {
+                tokio::select! {
+                    () = out.closed() => {}
+                    () = self.stopped.notified() => {
+                        let stopped = CoreError::new(Code::Cancelled, "stopped");
+                        let _ = out.send(Ok(finished(FinishReason::Cancelled))).await;
+                        let _ = out.send(Err(stopped.into())).await;
+                        return;
+                    }
+                }
                 self.cancelled.send_modify(|count| *count += 1);
             }
             _ => {
@@ -156,12 +172,13 @@ impl Inference for Arc<Fake> {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Frames>, Status> {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        let id = request
-            .metadata()
-            .get("x-request-id")
-            .and_then(|id| id.to_str().ok())
-            .unwrap_or_default();
-        self.seen_ids.lock().push(id.to_owned());
+        let header = |name: &str| {
+            let value = request.metadata().get(name)?;
+            Some(value.to_str().ok()?.to_owned())
+        };
+        let (id, timeout) = (header("x-request-id"), header("grpc-timeout"));
+        self.seen_ids.lock().push(id.unwrap_or_default());
+        self.seen_timeouts.lock().push(timeout.unwrap_or_default());
         let answer = self.answer.lock().clone();
         if let Answer::Refuse(error) = answer {
             return Err(error.into());
@@ -171,11 +188,23 @@ impl Inference for Arc<Fake> {
         Ok(Response::new(Box::pin(ReceiverStream::new(frames))))
     }
 
+    async fn stop(
+        &self,
+        request: Request<v1::StopRequest>,
+    ) -> Result<Response<v1::StopReply>, Status> {
+        assert_eq!(request.get_ref().call, 7, "the call that was accepted");
+        self.stopped.notify_one();
+        Ok(Response::new(v1::StopReply {}))
+    }
+
     async fn tokenize(
         &self,
         request: Request<v1::TokenizeRequest>,
     ) -> Result<Response<v1::TokenizeReply>, Status> {
         self.calls.fetch_add(1, Ordering::Relaxed);
+        if matches!(*self.answer.lock(), Answer::Mute) {
+            std::future::pending::<()>().await;
+        }
         if let Answer::Refuse(error) = self.answer.lock().clone() {
             return Err(error.into());
         }
@@ -217,7 +246,9 @@ pub(super) fn fake(answer: Answer) -> Arc<Fake> {
         cancelled: watch::Sender::new(0),
         state: watch::Sender::new(ready(&[model("m", "alias")])),
         seen_ids: Mutex::new(Vec::new()),
+        seen_timeouts: Mutex::default(),
         watches: AtomicUsize::new(0),
+        stopped: tokio::sync::Notify::new(),
     })
 }
 

@@ -163,7 +163,7 @@ async fn tokenize_and_detokenize_retry_too() {
             input: None,
             add_special_tokens: true,
         };
-        let work = caller.tokenize(request, "req-2");
+        let work = caller.tokenize(request, "req-2", LIMIT);
         let (reply, pool) = tokio::time::timeout(LIMIT, work).await.unwrap().unwrap();
         assert_eq!(
             (reply.tokens, &*pool),
@@ -176,7 +176,12 @@ async fn tokenize_and_detokenize_retry_too() {
         tokens: vec![4, 5],
     };
     assert_eq!(
-        caller.detokenize(request, "req-3").await.unwrap().0.text,
+        caller
+            .detokenize(request, "req-3", LIMIT)
+            .await
+            .unwrap()
+            .0
+            .text,
         "[4, 5]"
     );
     let request = v1::DetokenizeRequest {
@@ -184,7 +189,11 @@ async fn tokenize_and_detokenize_retry_too() {
         tokens: vec![],
     };
     assert_eq!(
-        caller.detokenize(request, "req-4").await.unwrap_err().code,
+        caller
+            .detokenize(request, "req-4", LIMIT)
+            .await
+            .unwrap_err()
+            .code,
         Code::ModelNotFound
     );
 }
