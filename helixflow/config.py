@@ -205,7 +205,7 @@ def _cross_check(config: Config) -> list[str]:
     if not config.gateway.accounts and not config.development:
         problems.append("gateway.accounts: keys, limits and ledger can be off in the development profile only")
     problems += _engine_problems(config.pool)
-    problems += _oidc_problems(config.auth)
+    problems += _oidc_problems(config.auth, development=config.development)
     problems += _database_problems(config.database)
     problems += _redis_problems(config.limits.redis_url.reveal())
     if config.supervise.backoff_min_s > config.supervise.backoff_max_s:
@@ -231,10 +231,12 @@ def _engine_problems(pool: PoolConfig) -> list[str]:
     return problems
 
 
-def _oidc_problems(auth: AuthConfig) -> list[str]:
+def _oidc_problems(auth: AuthConfig, *, development: bool) -> list[str]:
     if not auth.oidc_issuer:
         return []
     problems = [] if auth.oidc_client_id else ["auth.oidc_client_id: the provider of auth.oidc_issuer needs one"]
+    if not auth.public_url and not development:
+        problems.append("auth.public_url: set the https URL of the gateways: the provider sends browsers back to it")
     if not auth.oidc_issuer.startswith("https://"):
         problems.append(f"auth.oidc_issuer: {auth.oidc_issuer} must be an https:// URL")
     return problems

@@ -90,6 +90,18 @@ def one_of(*choices: str) -> Check:
     return lambda value: None if value in choices else f"must be one of {', '.join(choices)}, not {value!r}"
 
 
+def https_origin(value: str) -> str | None:
+    """A check that the value is empty, or `https://NAME` with or without a port, and nothing more."""
+    scheme, _, rest = value.partition("://")
+    try:
+        address = Address.parse(rest if rest.rpartition("]")[2].count(":") else f"{rest}:443")
+    except ValueError:
+        address = None
+    if not value or (scheme == "https" and address is not None and address.port > 0):
+        return None
+    return f"must read https://NAME or https://NAME:PORT, not {value!r}"
+
+
 def _boolean(value: object) -> bool:
     words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
     if isinstance(value, bool):

@@ -119,6 +119,37 @@ def test_accounts_cannot_be_off_in_production() -> None:
     assert not loaded.gateway.accounts
 
 
+OIDC = {"HELIX_AUTH_OIDC_ISSUER": "https://provider.example", "HELIX_AUTH_OIDC_CLIENT_ID": "us"}
+
+
+def test_login_through_a_provider_needs_a_public_url_in_production() -> None:
+    """The provider sends browsers there; the Host header of a request must not say where that is."""
+    with pytest.raises(ConfigError, match=r"auth\.public_url: set the https URL"):
+        config.load(None, OIDC)
+    config.load(None, {**OIDC, "HELIX_PROFILE": "development"})
+    for url in ("https://ai.example", "https://ai.example:8443", "https://10.0.0.1:443", "https://[fd00::1]:8443"):
+        assert config.load(None, {**OIDC, "HELIX_AUTH_PUBLIC_URL": url}).auth.public_url == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "http://ai.example",
+            "ai.example",
+            "https://",
+            "https://ai.example/",
+            "https://ai.example/path",
+            "https://a b",
+        ),
+        *("https://user@ai.example", "https://ai.example:0", "https://ai.example:99999", "https://ai.example?x"),
+    ],
+)
+def test_a_public_url_is_an_origin(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"PUBLIC_URL: must read https://NAME"):
+        config.load(None, {"HELIX_AUTH_PUBLIC_URL": url})
+
+
 def test_redis_has_a_short_name() -> None:
     assert config.load(None, {"HELIX_REDIS_URL": "redis://localhost"}).limits.redis_url.reveal() == "redis://localhost"
 

@@ -43,8 +43,8 @@ class UsageMethods:
         }
 
     async def _set_limits(self, request: Any, caller: Caller) -> Any:
-        subject, limits = settings.check_subject(request.subject), Limits.of(request.limits)
         async with self._desk.act("SetLimits", request, caller) as (connection, actor):
+            subject, limits = settings.check_subject(request.subject), Limits.of(request.limits)
             organisation, own = await _limited(connection, actor, subject)
             before, by = await settings.found(connection, subject)
             setter = roles.Setter(by.rank or "", own=by.user_id is not None and actor.owns(by.user_id))
@@ -71,8 +71,8 @@ class UsageMethods:
         return result.message()
 
     async def _delete_price(self, request: Any, caller: Caller) -> Any:
-        model = fields.text(request.model, "model", settings.MAX_MODEL)
         async with self._desk.act("DeletePrice", request, caller) as (connection, actor):
+            model = fields.text(request.model, "model", settings.MAX_MODEL)
             if not await settings.delete_price(connection, model):
                 raise refusal(NotFound, f"the model {model!r} has no price", "model")
             await audit.record(connection, actor, "price.delete", model, actor.organisation_id)
@@ -126,7 +126,9 @@ class UsageMethods:
         limit, before = fields.page(request.limit), fields.number_after(request.after)
         async with self._desk.act("ListAudit", request, caller) as (connection, actor):
             scope = await organisations.scope(connection, actor, request.organisation)
-            found = await audit.entries(connection, scope, first, last, limit + 1, before)
+            found = await audit.entries(
+                connection, scope, first, last, limit + 1, before, own_names_only=not actor.installation
+            )
         following = found[limit - 1].id if len(found) > limit else ""
         return messages.AuditRows(data=[filled(messages.AuditRow, row) for row in found[:limit]], next=following)
 

@@ -16,6 +16,8 @@ from helixflow.auth.fields import day_start
 from helixflow.ledger import audit_chain
 
 LONGEST_TARGET = 300
+OWNER_OF_ALL = "an owner of the installation"
+"""How another organisation's people are called in an organisation's log."""
 
 _key: bytes | None = None
 
@@ -89,32 +91,43 @@ async def entries(
     last: date | None,
     limit: int,
     before: int | None,
+    *,
+    own_names_only: bool = False,
 ) -> list[Entry]:
-    """Rows of an organisation (None: of all) from day `first` to `last`, newest first, with an id below `before`."""
+    """Rows of an organisation (None: of all) from day `first` to `last`, newest first, with an id below `before`.
+
+    `own_names_only`: what owners of the installation have done there is shown, who they are is not.
+    """
     rows = await connection.fetch(
-        "SELECT id, extract(epoch FROM at)::bigint AS at, actor, action, target, organisation_id, address, request_id, "
-        "detail, actor_user_id, actor_key_id FROM audit_log WHERE ($1::uuid IS NULL OR organisation_id = $1) "
-        "AND ($2::timestamptz IS NULL OR at >= $2) AND ($3::timestamptz IS NULL OR at < $3) "
-        "AND ($4::bigint IS NULL OR id < $4) ORDER BY id DESC LIMIT $5",
+        "SELECT a.id, extract(epoch FROM a.at)::bigint AS at, a.actor, a.action, a.target, a.organisation_id, "
+        "a.address, a.request_id, a.detail, a.actor_user_id, a.actor_key_id, "
+        "$6 AND coalesce(u.organisation_id <> a.organisation_id, false) AS foreign_actor "
+        "FROM audit_log a LEFT JOIN users u ON u.id = a.actor_user_id "
+        "WHERE ($1::uuid IS NULL OR a.organisation_id = $1) "
+        "AND ($2::timestamptz IS NULL OR a.at >= $2) AND ($3::timestamptz IS NULL OR a.at < $3) "
+        "AND ($4::bigint IS NULL OR a.id < $4) ORDER BY a.id DESC LIMIT $5",
         organisation_id,
         day_start(first) if first else None,
         day_start(last + timedelta(days=1)) if last else None,
         before,
         limit,
+        own_names_only,
     )
-    return [
-        Entry(
-            id=str(row["id"]),
-            at=row["at"],
-            actor=row["actor"],
-            action=row["action"],
-            target=row["target"],
-            organisation_id=str(row["organisation_id"] or ""),
-            address=row["address"],
-            request_id=row["request_id"],
-            detail=row["detail"],
-            actor_user_id=str(row["actor_user_id"] or ""),
-            actor_key_id=str(row["actor_key_id"] or ""),
-        )
-        for row in rows
-    ]
+    return [_entry(row) for row in rows]
+
+
+def _entry(row: Any) -> Entry:
+    foreign = row["foreign_actor"]
+    return Entry(
+        id=str(row["id"]),
+        at=row["at"],
+        actor=OWNER_OF_ALL if foreign else row["actor"],
+        action=row["action"],
+        target=row["target"],
+        organisation_id=str(row["organisation_id"] or ""),
+        address="" if foreign else row["address"],
+        request_id=row["request_id"],
+        detail=row["detail"],
+        actor_user_id="" if foreign else str(row["actor_user_id"] or ""),
+        actor_key_id="" if foreign else str(row["actor_key_id"] or ""),
+    )

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from helixflow.auth import principals, sessions
 from helixflow.auth.actors import cut_address
@@ -165,8 +166,15 @@ class AuthHandlers:
             return messages.JwksReply(json=await self._signer.jwks(connection))
 
     async def _oidc_start(self, request: Any, _caller: Caller) -> Any:
-        url, state = await self._ways.oidc.start(request.redirect_uri)
+        session = await self._session_of(request.access_token) if request.access_token else None
+        url, state = await self._ways.oidc.start(request.redirect_uri, session)
         return messages.OidcStartReply(url=url, state=state)
+
+    async def _session_of(self, token: str) -> UUID | None:
+        """The session of an access token. Raises InvalidToken."""
+        access = await self._signer.access(self._pool, token)
+        async with self._pool.acquire() as connection:
+            return (await principals.by_session(connection, access)).session_id
 
     async def _oidc_finish(self, request: Any, _caller: Caller) -> Any:
         address = cut_address(request.address)

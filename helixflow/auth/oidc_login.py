@@ -1,19 +1,27 @@
-"""Login through an OpenID Connect provider: which of our users somebody is."""
+"""Login through an OpenID Connect provider: which of our users somebody is.
+
+Whoever logs in there for the first time gets an account by its address only where the installation says so: at a domain
+that is declared to be the account's organisation's, in `auth.oidc_organisation`, or while there is one organisation
+only. Any other account was perhaps made by somebody else's administrator; its holder ties it, with its password.
+"""
 
 import base64
 import secrets
 from typing import Any
 from uuid import UUID
 
-from helixflow.auth import audit, fields
+from helixflow.auth import audit, fields, sessions
 from helixflow.auth.actors import anonymous
 from helixflow.auth.oidc import Identity, Provider
 from helixflow.auth.pepper import Pepper
 from helixflow.auth.sessions import Issued, Sessions
 from helixflow.config import AuthConfig
-from helixflow.core_rs import InvalidCredentials, InvalidRequest, NotFound, PermissionDenied
+from helixflow.core_rs import Conflict, InvalidCredentials, InvalidRequest, InvalidToken, NotFound, PermissionDenied
 from helixflow.db.pool import Pool
 from helixflow.refusals import refusal
+
+CALLBACK = "/auth/v1/oidc/callback"
+"""Path at the gateway that the provider sends browsers back to."""
 
 STATE_BYTES = 32
 STATE_TTL_S = 600.0
@@ -22,6 +30,16 @@ LONGEST_CODE = 2048
 _USER = """
 SELECT u.id, u.email, u.organisation_id, u.disabled OR o.suspended AS refused
 FROM users u JOIN organisations o ON o.id = u.organisation_id
+"""
+_BY_ADDRESS = f"""{_USER}
+WHERE u.email = $1 AND NOT u.service_account AND u.deleted_at IS NULL
+    AND ($2 = ANY(o.domains) OR lower(o.name) = lower($3) OR (SELECT count(*) FROM organisations) = 1)
+"""  # noqa: S608 - the text above
+_BY_IDENTITY = f"""{_USER} JOIN oidc_identities i ON i.user_id = u.id
+WHERE i.issuer = $1 AND i.subject = $2 AND u.deleted_at IS NULL
+"""
+_BY_SESSION = f"""{_USER} JOIN sessions s ON s.user_id = u.id
+WHERE s.id = $1 AND s.revoked_at IS NULL AND s.expires_at > now() AND u.deleted_at IS NULL
 """
 
 
@@ -38,19 +56,26 @@ class OidcLogin:
         self._sessions = begun
         self._provider = provider
 
-    async def start(self, redirect_uri: str) -> tuple[str, str]:
-        """The provider's URL for the browser, and the state to keep there. Raises NotFound, Unavailable."""
+    async def start(self, redirect_uri: str, session: UUID | None = None) -> tuple[str, str]:
+        """The provider's URL for the browser, and the state to keep there. `session`: whose account is to be tied.
+
+        Raises NotFound, Unavailable, and InvalidRequest for a URI that the provider must not send a browser to.
+        """
         provider, target = self._need(), fields.redirect(redirect_uri)
+        public = self._options.public_url
+        if public and target != public + CALLBACK:
+            raise refusal(InvalidRequest, f"redirect_uri must be {public + CALLBACK} (auth.public_url)", "redirect_uri")
         state = base64.urlsafe_b64encode(secrets.token_bytes(STATE_BYTES)).rstrip(b"=").decode()
         nonce, verifier = self._derived(state)
         url = await provider.authorize_url(redirect_uri=target, state=state, nonce=nonce, verifier=verifier)
         async with self._pool.acquire() as connection:
             await connection.execute(
-                "INSERT INTO oidc_states (digest, redirect_uri, expires_at) "
-                "VALUES ($1, $2, now() + make_interval(secs => $3))",
+                "INSERT INTO oidc_states (digest, redirect_uri, expires_at, session_id) "
+                "VALUES ($1, $2, now() + make_interval(secs => $3), $4)",
                 self._digest(state),
                 target,
                 STATE_TTL_S,
+                session,
             )
         return url, state
 
@@ -58,29 +83,50 @@ class OidcLogin:
         """Tokens for whom the code stands for.
 
         Raises InvalidCredentials (state, code or token are not valid), PermissionDenied (no account here), NotFound
-        (no provider), Unavailable.
+        (no provider), Unavailable; and, where an account is to be tied, InvalidToken (its session is over) or Conflict
+        (the identity is another account's).
         """
         provider = self._need()
         if not code or len(code) > LONGEST_CODE:
             raise refusal(InvalidRequest, "code must be what the identity provider sent", "code")
         async with self._pool.acquire() as connection:
-            target = await connection.fetchval(
-                "DELETE FROM oidc_states WHERE digest = $1 AND expires_at > now() RETURNING redirect_uri",
+            begun = await connection.fetchrow(
+                "DELETE FROM oidc_states WHERE digest = $1 AND expires_at > now() RETURNING redirect_uri, session_id",
                 self._digest(state),
             )
-        if target is None or target != redirect_uri:
+        if begun is None or begun["redirect_uri"] != redirect_uri:
             raise refusal(
                 InvalidCredentials,
                 "this login was not begun here, was finished before, or took longer than 10 minutes: start again",
             )
         nonce, verifier = self._derived(state)
-        who = await provider.exchange(code=code, redirect_uri=target, nonce=nonce, verifier=verifier)
+        who = await provider.exchange(code=code, redirect_uri=redirect_uri, nonce=nonce, verifier=verifier)
+        if begun["session_id"] is not None:
+            return await self._tied(who, begun["session_id"], address)
         return await self._enter(who, address)
+
+    async def _tied(self, who: Identity, session: UUID, address: str) -> Issued:
+        """Ties an identity to the account of a session, which is over with that: tokens of a new one."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            await self._lock(connection, who)
+            row = await connection.fetchrow(_BY_SESSION, session)
+            if row is None or row["refused"]:
+                raise refusal(InvalidToken, "the session that began this is over: log in again")
+            held = await connection.fetchrow(_BY_IDENTITY, who.issuer, who.subject)
+            if held is not None and held["id"] != row["id"]:
+                raise refusal(Conflict, "this login at the identity provider is tied to another account")
+            if held is None:
+                await self._tie(connection, who, row, address)
+            await sessions.end(connection, session)
+            return await self._sessions.begin(connection, row["id"], "oidc", address)
+
+    async def _lock(self, connection: Any, who: Identity) -> None:
+        """Of two first logins of one person at once, the second finds what the first made."""
+        await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", who.subject)
 
     async def _enter(self, who: Identity, address: str) -> Issued:
         async with self._pool.acquire() as connection, connection.transaction():
-            # Of two first logins of one person at once, the second finds what the first made.
-            await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", who.subject)
+            await self._lock(connection, who)
             row = await self._user(connection, who, address)
             if row is not None and not row["refused"]:
                 return await self._sessions.begin(connection, row["id"], "oidc", address)
@@ -93,31 +139,30 @@ class OidcLogin:
             raise refusal(PermissionDenied, "this account is disabled; ask an administrator")
         raise refusal(
             PermissionDenied,
-            "there is no account for this login; ask an administrator"
+            "there is no account for this login; ask an administrator. Whoever has one with a password ties it to the "
+            "identity provider: POST /auth/v1/oidc/link"
             if who.email
             else "the identity provider has not verified the e-mail of this login, and no account is tied to it",
         )
 
     async def _user(self, connection: Any, who: Identity, address: str) -> Any:
-        """The user of an identity: known, or known by e-mail, or new. None when nobody may be made of it."""
-        row = await connection.fetchrow(
-            f"{_USER} JOIN oidc_identities i ON i.user_id = u.id "
-            "WHERE i.issuer = $1 AND i.subject = $2 AND u.deleted_at IS NULL",
-            who.issuer,
-            who.subject,
-        )
+        """The user of an identity: tied, or known by e-mail, or new. None when nobody may be made of it."""
+        row = await connection.fetchrow(_BY_IDENTITY, who.issuer, who.subject)
         if row is not None or not who.email:
             return row
-        query = f"{_USER} WHERE u.email = $1 AND NOT u.service_account AND u.deleted_at IS NULL"
-        row = await connection.fetchrow(query, who.email)
+        asked = who.email, fields.domain_of(who.email), self._options.oidc_organisation
+        row = await connection.fetchrow(_BY_ADDRESS, *asked)
         if row is None and await self._join(connection, who, address):
-            row = await connection.fetchrow(query, who.email)
+            row = await connection.fetchrow(_BY_ADDRESS, *asked)
         if row is not None:
             await self._tie(connection, who, row, address)
         return row
 
     async def _join(self, connection: Any, who: Identity, address: str) -> bool:
-        """Makes a user, when the configuration names an organisation for newcomers and nobody removed this one."""
+        """Makes a user, when the configuration names an organisation for newcomers and nobody removed this one.
+
+        Not of an address at a domain that other organisations have.
+        """
         name = self._options.oidc_organisation
         removed = await connection.fetchval(
             "SELECT EXISTS (SELECT FROM oidc_identities WHERE issuer = $1 AND subject = $2)", who.issuer, who.subject
@@ -129,6 +174,13 @@ class OidcLogin:
         )
         if home is None:
             raise refusal(NotFound, "the organisation that new users join (auth.oidc_organisation) does not exist")
+        elsewhere = await connection.fetchval(
+            "SELECT bool_or(id <> $1) AND NOT bool_or(id = $1) FROM organisations WHERE $2 = ANY(domains)",
+            home,
+            fields.domain_of(who.email),
+        )
+        if elsewhere:
+            return False
         made = await connection.fetchval(
             "INSERT INTO users (organisation_id, email, role) VALUES ($1, $2, $3) "
             "ON CONFLICT (email) WHERE deleted_at IS NULL AND NOT service_account DO NOTHING RETURNING id",

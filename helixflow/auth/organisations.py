@@ -10,13 +10,13 @@ import asyncpg
 from helixflow.auth import audit, fields
 from helixflow.auth.actors import Actor
 from helixflow.auth.records import ORGANISATION, Content, Organisation
-from helixflow.core_rs import Conflict, InvalidRequest, NotFound
+from helixflow.core_rs import Conflict, InvalidRequest, NotFound, PermissionDenied
 from helixflow.ledger.content import RETENTION_DAYS_MAX
 from helixflow.ledger.content import check as check_patterns
 from helixflow.refusals import refusal
 
 DOMAINS_LOCK = 0x48656C6978_04
-"""Key of the advisory lock: "Helix", then 04 for domains."""
+"""Key of the advisory lock: "Helix", then 04 for domains. Whoever declares one waits for whoever makes people there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ async def update(
     content: Content | None,
     domains: Sequence[str] | None = None,
 ) -> Organisation:
-    """Changes what is given. Raises InvalidRequest for a bad policy, Conflict for a taken name or domain."""
+    """Changes what is given. Raises InvalidRequest for a bad policy, Conflict for a taken name or others' domain."""
     before = await find(connection, organisation, lock=True)
     if suspended and before["id"] == actor.organisation_id:
         raise refusal(InvalidRequest, "nobody can suspend their own organisation", "suspended")
@@ -113,7 +113,7 @@ async def update(
             "content_redact": policy.redact,
         }
     if domains is not None:
-        changes["domains"] = await _free_domains(connection, before["id"], domains)
+        changes["domains"] = await _declared(connection, before["id"], domains)
     detail = {key: {"from": before[key], "to": value} for key, value in changes.items() if before[key] != value}
     if detail:
         columns = ", ".join(f"{column} = ${number}" for number, column in enumerate(detail, 2))
@@ -127,18 +127,53 @@ async def update(
     return Organisation.of(await find(connection, str(before["id"])))
 
 
-async def _free_domains(connection: Any, organisation: UUID, domains: Sequence[str]) -> list[str]:
-    """Domains that no other organisation has. Raises InvalidRequest, Conflict."""
+async def _declared(connection: Any, organisation: UUID, domains: Sequence[str]) -> list[str]:
+    """Domains for an organisation. Several may have one: departments of a company.
+
+    Raises InvalidRequest, and Conflict when people of an organisation that does not declare a domain live there: its
+    admins and those of this one would learn of each other's addresses.
+    """
     wanted = fields.domains(domains, "domains")
-    # Of two declarations of one domain at once, the second finds the first.
     await connection.execute("SELECT pg_advisory_xact_lock($1)", DOMAINS_LOCK)
-    taken = await connection.fetchrow(
-        "SELECT name, domains FROM organisations WHERE id <> $1 AND domains && $2", organisation, wanted
+    found = await connection.fetchrow(
+        "SELECT o.name, split_part(u.email, '@', 2) AS domain FROM users u JOIN organisations o "
+        "ON o.id = u.organisation_id WHERE o.id <> $1 AND NOT u.service_account AND u.deleted_at IS NULL "
+        "AND split_part(u.email, '@', 2) = ANY($2) AND NOT split_part(u.email, '@', 2) = ANY(o.domains) LIMIT 1",
+        organisation,
+        wanted,
     )
-    if taken is not None:
-        domain = next(domain for domain in wanted if domain in taken["domains"])
-        raise refusal(Conflict, f"{domain} is a domain of the organisation {taken['name']!r} already", "domains")
+    if found is not None:
+        raise refusal(
+            Conflict,
+            f"{found['name']!r} has people at {found['domain']}: declare it there too, or remove them first",
+            "domains",
+        )
     return wanted
+
+
+async def admit(connection: Any, actor: Actor, home: UUID, address: str) -> None:
+    """Lets an address into an organisation, or raises PermissionDenied.
+
+    Whether somebody else's organisation has the address must not show. So the answer hangs on declared domains alone:
+    admins make people at domains of their organisation, the operator and the installation's owners also at domains
+    that nobody has declared, everybody does while there is one organisation only.
+    """
+    domain = fields.domain_of(address)
+    await connection.execute("SELECT pg_advisory_xact_lock_shared($1)", DOMAINS_LOCK)
+    row = await connection.fetchrow(
+        "SELECT count(*) AS all, count(*) FILTER (WHERE $1 = ANY(domains)) AS declaring, "
+        "coalesce(bool_or($1 = ANY(domains)) FILTER (WHERE id = $2), false) AS own FROM organisations",
+        domain,
+        home,
+    )
+    free = row["declaring"] == 0 and (row["all"] == 1 or actor.installation)
+    if not row["own"] and not free:
+        raise refusal(
+            PermissionDenied,
+            f"{domain} is not a domain of this organisation: the operator declares them "
+            "(`helixflow organisation update --domain`)",
+            "email",
+        )
 
 
 def checked(content: Content) -> Content:

@@ -63,13 +63,16 @@ async def create(
 ) -> User:
     """A new user; `password`: hash of the one-time password, None for a service account.
 
-    Raises Conflict when the e-mail (of all) or the name (of the organisation) is taken.
+    Raises PermissionDenied for an address that has no place in the organisation, and Conflict when the e-mail (of all)
+    or the name (of the organisation) is taken.
     """
     service = password is None
     email = fields.service_name(email) if service else fields.email(email)
     wanted = fields.role(role)
     permit(roles.joins(actor.power, wanted, service=service), "role")
     home = await _home(connection, actor, organisation)
+    if not service:
+        await organisations.admit(connection, actor, home, email)
     try:
         async with connection.transaction():
             made: UUID = await connection.fetchval(

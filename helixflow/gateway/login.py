@@ -15,6 +15,7 @@ from helixflow.core_rs import CoreError, Internal, InvalidCredentials, InvalidRe
 from helixflow.gateway.accounts import NO_STORE, Call, ask, read_object
 from helixflow.gateway.auth import bearer
 from helixflow.gateway.http import Request
+from helixflow.gateway.public import PublicUrl
 from helixflow.gateway.routes import Policy, Route
 from helixflow.refusals import refusal
 from helixflow.rpc import messages
@@ -40,7 +41,6 @@ STATE_S = 600
 MAX_ANSWER = 4096
 """Longest code or state that a provider sends back (characters)."""
 
-_HOST = re.compile(rb"([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?")
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]{1,4096}")
 _PLAIN = (b"content-type", b"text/plain; charset=utf-8")
 _NO_REFERRER = (b"referrer-policy", b"no-referrer")
@@ -49,9 +49,10 @@ _NO_REFERRER = (b"referrer-policy", b"no-referrer")
 class Login:
     """The handlers of /auth/v1 and of the key set."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, public: PublicUrl) -> None:
         """`call`: of a client that reaches the auth-service."""
         self._call = call
+        self._public = public
         self._jwks = b""
         self._jwks_until = 0.0
         self._jwks_lock = asyncio.Lock()
@@ -63,6 +64,7 @@ class Login:
             Route("POST", "/auth/v1/refresh", self.refresh, Policy.PUBLIC),
             Route("POST", "/auth/v1/logout", self.logout, Policy.PUBLIC),
             Route("GET", "/auth/v1/oidc/start", self.oidc_start, Policy.PUBLIC),
+            Route("POST", "/auth/v1/oidc/link", self.oidc_link, Policy.PUBLIC),
             Route("GET", CALLBACK, self.oidc_callback, Policy.PUBLIC),
             Route("GET", "/.well-known/jwks.json", self.jwks, Policy.PUBLIC),
         ]
@@ -70,9 +72,7 @@ class Login:
     async def login(self, request: Request) -> None:
         """POST /auth/v1/login: tokens for a password, which `new_password` replaces."""
         request.extra_headers.append(NO_STORE)
-        body = await _strings(request, ("email", "password"), ("new_password",))
-        message = messages.LoginRequest(**body, address=request.client)
-        await self._tokens(request, "Login", message, TIMEOUT_S)
+        await self._tokens(request, "Login", await _login_request(request), TIMEOUT_S)
 
     async def refresh(self, request: Request) -> None:
         """POST /auth/v1/refresh: new tokens for a refresh token, which is used up."""
@@ -97,13 +97,29 @@ class Login:
     async def oidc_start(self, request: Request) -> None:
         """GET /auth/v1/oidc/start: sends the browser to the provider."""
         request.extra_headers += [NO_STORE, _NO_REFERRER]
-        message = messages.OidcStartRequest(redirect_uri=_callback(request))
+        url, cookie = await self._begin(request)
+        await request.respond(302, b"", _PLAIN, [(b"location", url.encode("ascii")), cookie])
+
+    async def oidc_link(self, request: Request) -> None:
+        """POST /auth/v1/oidc/link: as a login, but the answer is a URL of the provider, to tie the account to it.
+
+        Whoever logs in there with this browser may log in here so from then on. It takes the password: a stolen token
+        must tie nothing.
+        """
+        request.extra_headers += [NO_STORE, _NO_REFERRER]
+        message = await _login_request(request)
+        tokens = await ask(self._call, "AuthService/Login", message, request, TIMEOUT_S)
+        url, cookie = await self._begin(request, tokens.access_token)
+        await request.respond(200, orjson.dumps({"url": url}), headers=[cookie])
+
+    async def _begin(self, request: Request, access_token: str = "") -> tuple[str, tuple[bytes, bytes]]:
+        """The provider's URL, and the cookie that this browser keeps until it comes back."""
+        message = messages.OidcStartRequest(redirect_uri=self._public.of(request, CALLBACK), access_token=access_token)
         answer = await ask(self._call, "AuthService/OidcStart", message, request, PROVIDER_TIMEOUT_S)
         url, state = str(answer.url), str(answer.state)
         if not (url.isascii() and url.isprintable() and _TOKEN.fullmatch(state)):
             raise refusal(Internal, "the provider's URL cannot be sent as a header")
-        headers = [(b"location", url.encode("ascii")), _state_cookie(state, STATE_S)]
-        await request.respond(302, b"", _PLAIN, headers)
+        return url, _state_cookie(state, STATE_S)
 
     async def oidc_callback(self, request: Request) -> None:
         """GET /auth/v1/oidc/callback: the browser is back with a code; answers with tokens.
@@ -125,7 +141,7 @@ class Login:
                 InvalidRequest, "state: this browser did not start this login; begin at /auth/v1/oidc/start", "state"
             )
         message = messages.OidcFinishRequest(
-            code=code, state=state, redirect_uri=_callback(request), address=request.client
+            code=code, state=state, redirect_uri=self._public.of(request, CALLBACK), address=request.client
         )
         await self._tokens(request, "OidcFinish", message, PROVIDER_TIMEOUT_S)
 
@@ -151,6 +167,12 @@ class Login:
     async def _tokens(self, request: Request, method: str, message: Any, timeout_s: float) -> None:
         answer = await ask(self._call, f"AuthService/{method}", message, request, timeout_s)
         await request.respond(200, orjson.dumps({"token_type": "Bearer", **messages.plain(answer)}))
+
+
+async def _login_request(request: Request) -> Any:
+    """What a login has in its body."""
+    body = await _strings(request, ("email", "password"), ("new_password",))
+    return messages.LoginRequest(**body, address=request.client)
 
 
 async def _strings(request: Request, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, str]:
@@ -179,14 +201,6 @@ def _only(request: Request, name: str) -> str:
     if len(values) > 1 or len(values[0]) > MAX_ANSWER:
         raise refusal(InvalidRequest, f"{name}: stands twice in the query string, or is too long", name)
     return values[0]
-
-
-def _callback(request: Request) -> str:
-    """Where the provider sends the browser back to: it knows this URL and takes no other. Raises InvalidRequest."""
-    host = request.headers.get(b"host", b"")
-    if not _HOST.fullmatch(host):
-        raise refusal(InvalidRequest, "the Host header must name this server")
-    return f"{request.scheme}://{host.decode('ascii')}{CALLBACK}"
 
 
 def _state_cookie(state: str, max_age_s: int) -> tuple[bytes, bytes]:

@@ -16,6 +16,7 @@ from helixflow.gateway.auth import DevelopmentKeys, KeyStore
 from helixflow.gateway.certificates import GatewayFiles
 from helixflow.gateway.credentials import Credentials
 from helixflow.gateway.login import Login
+from helixflow.gateway.public import PublicUrl
 from helixflow.gateway.routes import Route
 from helixflow.gateway.status import Status
 from helixflow.ledger.shipper import Shipper
@@ -71,6 +72,7 @@ class Connected(Services):
         """Use `Services.open`."""
         name = str(gateway)
         self._client = client
+        self._public = PublicUrl(config)
         self._spool = spool
         self._prices = Prices()
         self._credentials = Credentials(client, config, name)
@@ -104,7 +106,7 @@ class Connected(Services):
     def routes(self) -> list[Route]:
         """Administration, login, and the state of this worker."""
         status = Status(self._metered, self._credentials, self._limiter, self._shipper)
-        return [*Admin(self._client.call).routes(), *Login(self._client.call).routes(), *status.routes()]
+        return [*Admin(self._client.call).routes(), *Login(self._client.call, self._public).routes(), *status.routes()]
 
     def trouble(self) -> list[str]:
         """The spool is full, or its disk."""

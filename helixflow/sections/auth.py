@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from helixflow.options import Address, between, one_of, option
+from helixflow.options import Address, between, https_origin, one_of, option
 from helixflow.secret import Secret
 
 
@@ -44,6 +44,11 @@ class AuthConfig:
         900.0, "longest pause between wrong passwords; it begins at 1 and doubles (seconds)", check=between(1, 86_400)
     )
     drain_timeout_s: float = option(10.0, "calls may run this long after SIGTERM (seconds)", check=between(0, 3600))
+    public_url: str = option(
+        "",
+        "https URL without a path that clients reach the gateways at; in production, login through a provider needs it",
+        check=https_origin,
+    )
     oidc_issuer: str = option("", "URL of an OpenID Connect provider; empty: no login through one")
     oidc_client_id: str = option("", "client id at the provider")
     oidc_client_secret: Secret = option(Secret(), "client secret at the provider")

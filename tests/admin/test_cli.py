@@ -208,6 +208,33 @@ def test_key_add_is_for_the_first_owner_by_default(
     assert "limits" not in service.only("AdminService/CreateKey")
 
 
+def test_a_key_administers_when_it_is_said(service: Scripted, shell: Shell) -> None:
+    service.answers["AdminService/CreateKey"] = messages.CreatedKey(key=key(role="admin"), secret="hf-secret")
+    assert "admin work" in shell("key", "add", "ci", "--user", "a@example.com", "--admin").out
+    assert service.only("AdminService/CreateKey")["admin"] is True
+    service.answers["AdminService/UpdateKey"] = key(parent_id=OTHER)
+    for flag, wanted in (("--admin", True), ("--no-admin", False)):
+        service.calls.clear()
+        out = shell("key", "update", ID, flag).out
+        assert "inference" in out
+        assert f"key {OTHER}" in out, "which made it"
+        assert service.only("AdminService/UpdateKey")["admin"] is wanted
+    service.calls.clear()
+    shell("key", "update", ID, "--name", "x")
+    assert "admin" not in service.only("AdminService/UpdateKey")
+
+
+def test_domains_of_an_organisation(service: Scripted, shell: Shell) -> None:
+    declared = messages.Organisation(id=ID, name="default", domains=["a.example", "b.example"])
+    service.answers["AdminService/UpdateOrganisation"] = declared
+    out = shell("organisation", "update", "default", "--domain", "a.example", "--domain", "b.example").out
+    assert "b.example" in out
+    assert service.only("AdminService/UpdateOrganisation")["domains"] == {"values": ["a.example", "b.example"]}
+    service.calls.clear()
+    shell("organisation", "update", "default", "--no-domain")
+    assert service.only("AdminService/UpdateOrganisation")["domains"] == {"values": []}
+
+
 def test_key_list_has_states_and_no_secret(service: Scripted, shell: Shell) -> None:
     rows = [
         key(),

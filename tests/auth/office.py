@@ -59,6 +59,7 @@ async def office(target: Target, pki: Layout, *, development: bool = False) -> A
             for role in ROLES:
                 await w.user(f"{role}@example.com", role)
                 await w.user(f"other-{role}@example.com", role, "other")
+            await w.value("UPDATE organisations SET domains = '{example.com}' WHERE first")
         for row in await w.rows("SELECT id, email FROM users"):
             made.people[row["email"].removesuffix("@example.com")] = row["id"]
         yield made

@@ -67,14 +67,15 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(pki: Layout, home: Path) -> Iterator[Stage]:
-    """Serves until the block ends."""
+def stage(pki: Layout, home: Path, **more: str) -> Iterator[Stage]:
+    """Serves until the block ends. `more`: options by the names of their variables."""
     service = Scripted(pki).start()
     options = {
         "HELIX_PROFILE": "production",
         "HELIX_GATEWAY_ACCOUNTS": "true",
         "HELIX_GATEWAY_AUTH": service.address,
         "HELIX_HOME": str(home),
+        **more,
     }
     try:
         with serving(pki, **options) as served:

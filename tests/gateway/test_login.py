@@ -20,7 +20,7 @@ from helixflow.gateway import login
 from helixflow.pki.layout import Layout
 from helixflow.rpc import messages
 from tests.admin.scripted import error
-from tests.gateway.accounts import Stage, log_lines, refusal_of, stage
+from tests.gateway.accounts import OWNER, Stage, log_lines, refusal_of, stage
 
 TOKENS = {
     "access_token": "SECRET.ACCESS.TOKEN",
@@ -205,7 +205,7 @@ def test_no_secret_is_logged(here: Stage, client: httpx.Client) -> None:
 
 
 def test_oidc_start(here: Stage, client: httpx.Client) -> None:
-    answer = client.get("/auth/v1/oidc/start", headers={"host": "ai.example:8443", "x-forwarded-host": "evil.example"})
+    answer = client.get("/auth/v1/oidc/start", headers={"host": "localhost:8443", "x-forwarded-host": "evil.example"})
     assert answer.status_code == 302
     assert answer.headers["location"] == "https://provider.example/authorize?state=x"
     assert answer.headers["cache-control"] == "no-store"
@@ -216,11 +216,29 @@ def test_oidc_start(here: Stage, client: httpx.Client) -> None:
     value, *attributes = re.split("; ?", rest)
     assert value == STATE
     assert {"Secure", "HttpOnly", "SameSite=Lax", "Path=/", "Max-Age=600"} == set(attributes)
-    assert here.service.only("AuthService/OidcStart") == {"redirect_uri": f"https://ai.example:8443{CALLBACK}"}
+    assert here.service.only("AuthService/OidcStart") == {
+        "redirect_uri": f"https://localhost:8443{CALLBACK}",
+        "access_token": "",
+    }
 
 
 @pytest.mark.parametrize(
-    "host", [b"evil.example/x", b"a b", b"user@evil.example", b"a?x", b"a#x", b"", b"a:1:2", b"[::1", b"a\\b"]
+    "host",
+    [
+        b"ai.example",
+        b"evil.example:8443",
+        b"localhost.evil.example",
+        b"127.0.0.1.evil.example",
+        b"evil.example/x",
+        b"a b",
+        b"user@evil.example",
+        b"a?x",
+        b"a#x",
+        b"",
+        b"a:1:2",
+        b"[::1",
+        b"a\\b",
+    ],
 )
 def test_a_host_that_is_none(here: Stage, host: bytes) -> None:
     head, _ = here.raw(b"GET /auth/v1/oidc/start HTTP/1.1\r\nhost: " + host + b"\r\nconnection: close\r\n\r\n")
@@ -231,6 +249,34 @@ def test_a_host_that_is_none(here: Stage, host: bytes) -> None:
 def test_an_ipv6_host(here: Stage) -> None:
     here.raw(b"GET /auth/v1/oidc/start HTTP/1.1\r\nhost: [::1]:8443\r\nconnection: close\r\n\r\n")
     assert here.service.only("AuthService/OidcStart")["redirect_uri"] == f"https://[::1]:8443{CALLBACK}"
+
+
+def test_the_public_url_is_the_configured_one(pki: Layout, tmp_path: Path) -> None:
+    with stage(pki, tmp_path, HELIX_AUTH_PUBLIC_URL="https://ai.example:8443") as made:
+        made.reset().service.answers["AuthService/OidcStart"] = messages.OidcStartReply(url="https://p", state="x")
+        with made.client(None) as client:
+            for host in ("localhost", "evil.example"):
+                assert client.get("/auth/v1/oidc/start", headers={"host": host}).status_code == 302
+        asked = [call.message for call in made.service.calls if call.method == "AuthService/OidcStart"]
+        assert {message["redirect_uri"] for message in asked} == {f"https://ai.example:8443{CALLBACK}"}
+
+
+def test_an_account_is_tied_with_its_password(here: Stage, client: httpx.Client) -> None:
+    """A token alone would let whoever has stolen it keep the account."""
+    answer = client.post("/auth/v1/oidc/link", json={"email": "a", "password": "b"})
+    assert answer.status_code == 200
+    assert answer.json() == {"url": "https://provider.example/authorize?state=x"}
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["set-cookie"].startswith(f"{login.STATE_COOKIE}={STATE};")
+    assert here.service.only("AuthService/Login")["password"] == "b"
+    assert here.service.only("AuthService/OidcStart")["access_token"] == TOKENS["access_token"]
+    here.reset()
+    here.service.answers["AuthService/Login"] = error(InvalidCredentials, "e-mail or password is wrong")
+    answer = client.post("/auth/v1/oidc/link", json={"email": "a", "password": "c"})
+    assert refusal_of(answer)["code"] == "invalid_credentials"
+    answer = client.post("/auth/v1/oidc/link", headers={"authorization": f"Bearer {OWNER}"})
+    assert refusal_of(answer)["param"] == "email"
+    assert here.asked() == ["AuthService/Login"]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +295,7 @@ def test_oidc_callback(here: Stage, http2: bool) -> None:
     """Providers add parameters of their own."""
     path = f"{CALLBACK}?code=abc&state={STATE}&session_state=1&iss=https%3A%2F%2Fprovider.example"
     with here.client(None, http1=not http2, http2=http2) as client:
-        answer = client.get(path, headers={**COOKIE, "host": "ai.example"})
+        answer = client.get(path, headers={**COOKIE, "host": "localhost"})
     assert answer.status_code == 200
     assert answer.json() == {"token_type": "Bearer", **TOKENS}
     assert answer.headers["cache-control"] == "no-store"
@@ -259,7 +305,7 @@ def test_oidc_callback(here: Stage, http2: bool) -> None:
     assert asked["state"] == STATE
     assert asked["address"] == "127.0.0.1"
     if not http2:
-        assert asked["redirect_uri"] == f"https://ai.example{CALLBACK}"
+        assert asked["redirect_uri"] == f"https://localhost{CALLBACK}"
 
 
 @pytest.mark.parametrize(

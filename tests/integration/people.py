@@ -98,7 +98,8 @@ class Site:
     def new_person(self, role: str = "member", organisation: str = "default") -> Person:
         """A new user of one of the two organisations, logged in."""
         maker = self.people["owner", organisation]
-        body = {"email": f"{role}-{secrets.token_hex(4)}@example.com", "role": role}
+        domain = {"other": "other.example"}.get(organisation, "example.com")
+        body = {"email": f"{role}-{secrets.token_hex(4)}@{domain}", "role": role}
         made = self.done("POST", USERS, maker.access, json=body)
         return self.enter(made["user"], made["one_time_password"])
 
@@ -138,6 +139,7 @@ class Site:
                 "subject": f"key:{key.id}",
                 "id": "helixflow-demo",
                 "request": str(uuid.UUID(int=0)),
+                "session": str(uuid.UUID(int=0)),
             }
         return self.things[kind]
 
@@ -191,6 +193,10 @@ def _settle(site: Site) -> None:
     owner.id = next(row["id"] for row in site.done("GET", USERS, owner.access)["data"] if row["email"] == OWNER)
     site.people["owner", "default"] = owner
     site.done("POST", ORGANISATIONS, owner.access, json={"name": "other"})
+    domains = {"default": ["example.com"], "other": ["other.example"]}
+    for row in site.done("GET", ORGANISATIONS, owner.access)["data"]:
+        changed = {"domains": domains[row["name"]]}
+        site.done("PATCH", f"{ORGANISATIONS}/{row['id']}", owner.access, json=changed)
     made = platform.json("user", "add", "boss@other.example", "--role", "owner", "--organisation", "other")
     site.people["owner", "other"] = site.enter(made["user"], made["one_time_password"])
 

@@ -270,6 +270,68 @@ def test_the_development_key_is_one_of_the_development_profile_alone(site: Site)
     assert site.chat("demo-key").status_code == 200
 
 
+def test_what_a_key_makes_is_no_more_and_ends_with_it(site: Site) -> None:
+    """The attack: a key that expires made one that does not, an admin's key reset its owner, and both lived on."""
+    admin = site.person("admin")
+    ends = int(time.time()) + HOUR_S
+    plain = site.key(admin, models=["gpt-4"], limits={"requests_per_minute": 1000})
+    for method, path, body in (
+        ("POST", KEYS, {"name": "wider"}),
+        ("PATCH", f"{KEYS}/{plain.id}", {"expires_at": 0}),
+        ("PUT", f"/admin/v1/limits/key:{plain.id}", {}),
+        ("POST", USERS, {"email": "x@example.com", "role": "admin"}),
+        ("POST", f"{USERS}/{site.owner.id}/password", None),
+        ("GET", USERS, None),
+        ("GET", AUDIT, None),
+    ):
+        assert refusal(site.send(method, path, plain.secret, json=body)) == (403, "permission_denied"), path
+    assert [row["id"] for row in site.done("GET", KEYS, plain.secret)["data"]] == [plain.id]
+
+    parent = site.key(admin, admin=True, expires_at=ends)
+    assert site.send("GET", "/admin/v1/status", parent.secret).status_code == 200
+    made = site.done("POST", KEYS, parent.secret, json={"name": "child", "user": site.person("member").id})
+    child = made["secret"]
+    assert (made["key"]["expires_at"], made["key"]["parent_id"], made["key"]["role"]) == (ends, parent.id, "")
+    assert [site.chat(child, gateway=gateway).status_code for gateway in (0, 1)] == [200, 200]
+    for more in ({"admin": True}, {"expires_at": ends + 1}):
+        assert refusal(site.send("POST", KEYS, parent.secret, json={"name": "more", **more})) == (
+            403,
+            "permission_denied",
+        )
+    assert refusal(site.send("POST", f"{USERS}/{site.owner.id}/password", parent.secret))[0] == 403
+    # A limit of the parent is one of the child too, at every gateway.
+    site.done("PUT", f"/admin/v1/limits/key:{parent.id}", site.owner.access, json={"requests_per_minute": 0})
+    for gateway in (0, 1):
+        until(lambda gateway=gateway: site.chat(child, gateway=gateway).status_code == 429, "the parent's limit holds")
+    assert refusal(site.send("GET", USERS, parent.secret)) == (403, "permission_denied"), "and it administers no more"
+    lifted = site.send("PUT", f"/admin/v1/limits/key:{parent.id}", admin.access, json={})
+    assert refusal(lifted) == (403, "permission_denied"), "an owner has set it"
+    site.done("PUT", f"/admin/v1/limits/key:{parent.id}", site.owner.access, json={})
+    for gateway in (0, 1):
+        until(lambda gateway=gateway: site.chat(child, gateway=gateway).status_code == 200, "it is lifted")
+    site.done("DELETE", f"{KEYS}/{parent.id}", admin.access)
+    for gateway in (0, 1):
+        until(lambda gateway=gateway: site.chat(child, gateway=gateway).status_code == 401, "the child has ended")
+    assert refusal(site.send("PUT", "/admin/v1/prices/m", site.owner.access, json={})) == (400, "invalid_request")
+
+
+def test_admins_do_not_reach_their_peers(site: Site) -> None:
+    admin, peer = site.person("admin"), site.new_person("admin")
+    for who in (peer, site.owner):
+        for method, path, body in (
+            ("POST", f"{USERS}/{who.id}/password", None),
+            ("PATCH", f"{USERS}/{who.id}", {"disabled": True}),
+            ("PATCH", f"{USERS}/{who.id}", {"role": "member"}),
+            ("DELETE", f"{USERS}/{who.id}", None),
+            ("POST", KEYS, {"name": "theirs", "user": who.id}),
+        ):
+            assert refusal(site.send(method, path, admin.access, json=body)) == (403, "permission_denied"), path
+    site.done("PUT", f"/admin/v1/limits/user:{admin.id}", site.owner.access, json={"tokens_per_day": 10**9})
+    answer = site.send("PUT", f"/admin/v1/limits/user:{admin.id}", admin.access, json={})
+    assert refusal(answer) == (403, "permission_denied")
+    site.done("PUT", f"/admin/v1/limits/user:{admin.id}", site.owner.access, json={})
+
+
 # --- tokens ------------------------------------------------------------------------
 
 
