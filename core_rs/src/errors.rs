@@ -26,7 +26,8 @@ macro_rules! classes {
 
 classes! {
     InvalidRequest UnsupportedParameter ContextLengthExceeded InvalidApiKey InvalidToken InvalidCredentials
-    PermissionDenied PasswordChangeRequired ModelNotFound NotFound Conflict MethodNotAllowed PayloadTooLarge
+    PermissionDenied PasswordChangeRequired SecondFactorRequired SecondFactorMissing ModelNotFound NotFound Conflict
+    MethodNotAllowed PayloadTooLarge
     UnsupportedMediaType QueueFull RateLimitExceeded InsufficientQuota AccountLocked DeadlineExceeded Cancelled
     EngineFailed Unavailable Draining LedgerFull Internal ModelFileError TlsError
 }

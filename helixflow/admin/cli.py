@@ -1,4 +1,4 @@
-"""`helixflow user | organisation | key | limits | price | usage | audit`.
+"""`helixflow user | session | organisation | key | limits | price | usage | audit`.
 
 What a command needs is imported when it runs.
 """
@@ -27,6 +27,7 @@ AUDIT_ROWS = 200
 def add_parser(subparsers: Any) -> None:
     """Adds the commands of accounts. Each sets `run`."""
     _users(_group(subparsers, "user", "add, list, change and remove users and service accounts"))
+    _sessions(_group(subparsers, "session", "list and end the sessions of people who are logged in"))
     _organisations(_group(subparsers, "organisation", "add, list and change organisations"))
     _keys(_group(subparsers, "key", "make, list, change, rotate and revoke API keys"))
     _limits(_group(subparsers, "limits", "set and list rate limits and budgets"))
@@ -52,16 +53,35 @@ def _users(commands: Any) -> None:
     _user(update)
     update.add_argument("--role", choices=ROLES, help="the new role")
     _switch(update, "disabled", "--disable", "--enable", "no login and no key works", "undo --disable")
+    reset = _command(
+        commands,
+        "reset-password",
+        "people.user_reset_password",
+        "give a user a new one-time password, which is shown once",
+        "Give a user a new one-time password, which is shown once. All sessions end; say what becomes of API keys.",
+    )
+    _user(reset)
+    reset.add_argument(
+        "--keys", choices=("keep", "revoke"), help="whether the user's API keys go on; needed when there are any"
+    )
     _user(
         _command(
             commands,
-            "reset-password",
-            "people.user_reset_password",
-            "give a user a new one-time password, which is shown once",
+            "reset-factor",
+            "access.user_reset_factor",
+            "remove a second factor that was lost; the user's sessions end",
         )
     )
-    _user(_command(commands, "unlock", "people.user_unlock", "let a user try again who typed too many wrong passwords"))
+    _user(_command(commands, "unlock", "people.user_unlock", "forget the wrong passwords that make a user wait"))
     _user(_command(commands, "remove", "people.user_remove", "remove a user; keys and sessions end at once"))
+
+
+def _sessions(commands: Any) -> None:
+    show = _command(commands, "list", "access.session_list", "show who is logged in")
+    show.add_argument("--user", metavar="USER", help="only of this one: e-mail or id")
+    end = _command(commands, "end", "access.session_end", "end one session, or all of a user")
+    end.add_argument("session", nargs="?", metavar="SESSION", help="its id, as `helixflow session list` shows it")
+    end.add_argument("--user", metavar="USER", help="e-mail or id: every session of this user")
 
 
 def _organisations(commands: Any) -> None:
@@ -101,6 +121,16 @@ def _organisations(commands: Any) -> None:
         help="e-mail addresses of this domain are the organisation's; may be repeated, replaces all earlier ones",
     )
     domains.add_argument("--no-domain", dest="domain", action="store_const", const=[], help="no domain is")
+
+    factor = _command(
+        commands,
+        "require-factor",
+        "access.require_factor",
+        "say from which role on a password needs a second factor",
+        "Say from which role on a password needs a second factor. Who has none can enrol one and do nothing else.",
+    )
+    factor.add_argument("organisation", metavar="ORGANISATION", help="name or id")
+    factor.add_argument("role", choices=(*ROLES, "nobody"), help="the least role that needs one")
 
 
 def _keys(commands: Any) -> None:

@@ -63,7 +63,8 @@ async def user_update(operator: Operator, options: Namespace) -> Outcome:
 
 async def user_reset_password(operator: Operator, options: Namespace) -> Outcome:
     """Gives a user a new one-time password."""
-    made = await operator.call("ResetPassword", "UserRequest", {"user": options.user})
+    fields = given({"user": options.user, "keys": options.keys})
+    made = await operator.call("ResetPassword", "ResetPasswordRequest", fields)
     return Outcome(made, _user_text(made["user"]) + _password_text(made))
 
 
@@ -96,14 +97,19 @@ def _password_text(made: Row) -> str:
     password = made["one_time_password"]
     if not password:
         return ""
-    return f"\n\none-time password  {password}\nIt is shown this once. The first login with it has to set another one."
+    until = made["user"]["password_expires_at"]
+    valid = f" It is valid until {moment_text(until)} UTC." if until else ""
+    return (
+        f"\n\none-time password  {password}\n"
+        f"It is shown this once.{valid} The first login with it has to set another one."
+    )
 
 
 def _user_state(user: Row) -> str:
     if user["disabled"]:
         return "disabled"
     if user["locked"]:
-        return "locked"
+        return "has to wait"
     return "new password due" if user["must_change_password"] else "active"
 
 

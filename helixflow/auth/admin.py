@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
-from helixflow.auth import api_keys, organisations, users
+from helixflow.auth import api_keys, organisations, session_desk, users
 from helixflow.auth.actors import Actor
 from helixflow.auth.admin_usage import UsageMethods, set_limits
 from helixflow.auth.desk import Desk, Handler, filled, listed, optional
@@ -37,11 +37,14 @@ class AdminHandlers:
         currency: str,
         development: bool,
         sealer: Sealer | None = None,
+        one_time_s: float = users.ONE_TIME_S,
     ) -> None:
         """`currency`: name of what prices are in. `development`: keys of that profile are known.
 
-        `sealer`: of this service; None: one that keeps no anchor.
+        `sealer`: of this service; None: one that keeps no anchor. `one_time_s`: how long one-time passwords last
+        (seconds).
         """
+        self._one_time_s = one_time_s
         self._pepper = pepper
         self._passwords = hashes
         self._desk = Desk(pool, pepper, signer, development=development)
@@ -58,6 +61,11 @@ class AdminHandlers:
             "ListUsers": self._list_users,
             "UpdateUser": self._update_user,
             "ResetPassword": self._reset_password,
+            "RequireFactor": self._require_factor,
+            "ResetFactor": self._reset_factor,
+            "ListSessions": self._list_sessions,
+            "EndSession": self._end_session,
+            "EndSessions": self._end_sessions,
             "UnlockUser": self._unlock_user,
             "DeleteUser": self._delete_user,
             "CreateKey": self._create_key,
@@ -98,6 +106,7 @@ class AdminHandlers:
                 email=request.email,
                 role=request.role,
                 password=stored,
+                lasts_s=self._one_time_s,
             )
 
         if not request.service_account:
@@ -119,9 +128,34 @@ class AdminHandlers:
 
     async def _reset_password(self, request: Any, caller: Caller) -> Any:
         async def reset(connection: Any, actor: Actor, stored: str) -> User:
-            return await users.reset_password(connection, actor, request.user, stored)
+            return await users.reset_password(connection, actor, request.user, stored, request.keys, self._one_time_s)
 
         return await self._with_one_time("ResetPassword", request, caller, reset)
+
+    async def _require_factor(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("RequireFactor", request, caller) as (connection, actor):
+            changed = await organisations.require_factor(connection, actor, request.organisation, request.role)
+        return filled(messages.Organisation, changed)
+
+    async def _reset_factor(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("ResetFactor", request, caller) as (connection, actor):
+            changed = await session_desk.reset_factor(connection, actor, request.user)
+        return filled(messages.User, changed)
+
+    async def _list_sessions(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("ListSessions", request, caller) as (connection, actor):
+            page = await session_desk.listing(connection, actor, request.user, request.limit, request.after)
+        return listed(messages.Sessions, messages.Session, page)
+
+    async def _end_session(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("EndSession", request, caller) as (connection, actor):
+            ended = await session_desk.end(connection, actor, request.session)
+        return messages.Deleted(id=ended)
+
+    async def _end_sessions(self, request: Any, caller: Caller) -> Any:
+        async with self._desk.act("EndSessions", request, caller) as (connection, actor):
+            ended = await session_desk.end_all(connection, actor, request.user)
+        return messages.EndedSessions(ended=ended)
 
     async def _unlock_user(self, request: Any, caller: Caller) -> Any:
         async with self._desk.act("UnlockUser", request, caller) as (connection, actor):

@@ -4,12 +4,16 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from helixflow import log
 from helixflow.auth import audit, first_start, purge
 from helixflow.auth.admin import AdminHandlers
 from helixflow.auth.events import Events
+from helixflow.auth.factor_login import FactorLogin
+from helixflow.auth.factors import Factors
+from helixflow.auth.first_start import FirstLogin
 from helixflow.auth.handlers import AuthHandlers, Method, Unary, Ways
 from helixflow.auth.login import Login
 from helixflow.auth.memory import Memory
@@ -24,11 +28,13 @@ from helixflow.auth.throttle import Throttle
 from helixflow.auth.touch import LastUses
 from helixflow.config import Config
 from helixflow.db.pool import Pool
+from helixflow.errors import StartError
 from helixflow.ledger import maintenance
 from helixflow.ledger.sealer import Sealer
 from helixflow.ledger.writer import Writer
 from helixflow.limits.fallback import Counters
 from helixflow.limits.remote import lease_handler, prices_handler
+from helixflow.pki.errors import PkiError
 from helixflow.pki.layout import Layout
 from helixflow.rpc import messages
 from helixflow.rpc.server import Caller
@@ -47,8 +53,8 @@ class Built:
 
     methods: dict[str, Method]
     """Handlers of AuthService and AdminService, for `helixflow.rpc.server.Server`."""
-    first_password: str | None = field(repr=False)
-    """The owner's one-time password, when this was the first start of its database."""
+    first: FirstLogin | None = field(repr=False)
+    """How the owner gets in, when this was the first start of its database, or nobody has logged in since."""
     events: Events
     _stack: contextlib.AsyncExitStack
 
@@ -79,14 +85,26 @@ async def build(config: Config, pool: Pool) -> Built:
         stack.push_async_callback(counters.close)
         events = Events(pool.target, config.database)
         memory = Memory(config.gateway.key_grace_s)
+        factors = Factors(pepper, config.auth.factor_issuer)
         begun, refused = Sessions(config.auth, pepper, signer), Refusals(pool)
+        rules, first_file = Throttle.of(config.auth), config.auth.pepper.parent / first_start.FILE
+        password = Login(
+            pool,
+            hashes,
+            rules,
+            begun,
+            refused,
+            factors=factors,
+            on_change=lambda email: first_start.discard(first_file, email),
+        )
         handlers = AuthHandlers(
             pool,
             pepper,
             signer,
             ways=Ways(
                 begun,
-                Login(pool, hashes, Throttle.of(config.auth), begun, refused),
+                password,
+                FactorLogin(pool, hashes, password, factors, rules, refused),
                 OidcLogin(pool, config.auth, pepper, begun, provider),
             ),
             events=events,
@@ -96,9 +114,16 @@ async def build(config: Config, pool: Pool) -> Built:
         )
         currency = config.limits.currency
         admin = AdminHandlers(
-            pool, pepper, signer, hashes, currency=currency, development=config.development, sealer=sealer
+            pool,
+            pepper,
+            signer,
+            hashes,
+            currency=currency,
+            development=config.development,
+            sealer=sealer,
+            one_time_s=config.auth.one_time_ttl_s,
         )
-        first = await _first_start(config, pool, pepper, hashes)
+        first = await _first_start(config, pool, pepper, hashes, first_file)
         await _begin(
             stack,
             {
@@ -117,12 +142,18 @@ async def build(config: Config, pool: Pool) -> Built:
         return Built({**handlers.methods(), **admin.methods()}, first, events, stack.pop_all())
 
 
-async def _first_start(config: Config, pool: Pool, pepper: Pepper, hashes: Passwords) -> str | None:
+async def _first_start(config: Config, pool: Pool, pepper: Pepper, hashes: Passwords, path: Path) -> FirstLogin | None:
     async with pool.acquire() as connection, connection.transaction():
-        password = await first_start.first_start(connection, hashes, config.auth.owner)
+        try:
+            made = await first_start.first_start(
+                connection, hashes, config.auth.owner, path, config.auth.first_password_ttl_s
+            )
+            found = made or await first_start.left_over(connection, path)
+        except PkiError as error:
+            raise StartError(str(error)) from None
         if config.development and await first_start.development_key(connection, pepper):
             logger.info("the key of the development profile was made")
-    return password
+    return found
 
 
 def _elsewhere(config: Config, pool: Pool, pepper: Pepper, counters: Counters) -> Mapping[str, Unary]:

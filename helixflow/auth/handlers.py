@@ -2,17 +2,20 @@
 
 import asyncio
 import contextlib
+import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from helixflow.addresses import Budget
 from helixflow.auth import principals, sessions
 from helixflow.auth.actors import cut_address
 from helixflow.auth.desk import filled
 from helixflow.auth.errors import database_errors
 from helixflow.auth.events import Events
+from helixflow.auth.factor_login import FactorLogin
 from helixflow.auth.login import Login
 from helixflow.auth.memory import Memory
 from helixflow.auth.oidc_login import OidcLogin
@@ -20,7 +23,7 @@ from helixflow.auth.pepper import Pepper
 from helixflow.auth.principals import Principal
 from helixflow.auth.sessions import Sessions
 from helixflow.auth.signing import Signer
-from helixflow.core_rs import InvalidApiKey, InvalidRequest, InvalidToken, Unavailable
+from helixflow.core_rs import InvalidApiKey, InvalidRequest, InvalidToken, RateLimitExceeded, Unavailable
 from helixflow.db.pool import Pool
 from helixflow.refusals import refusal
 from helixflow.rpc import messages
@@ -35,6 +38,11 @@ ASK_S = 2.0
 AWAY_S = 1.0
 """After a failure, keys that are remembered are not asked for again this long (seconds)."""
 
+STRANGERS_BURST, STRANGERS_PER_S = 60, 1.0
+"""Refresh tokens that are none, which an address may present at once and each second."""
+BEGUN_BURST, BEGUN_PER_S = 200, 2.0
+"""Likewise logins through a provider that it may begin."""
+
 _ELSEWHERE = ("Prices", "Lease", "AppendUsage")
 
 Unary = Callable[[Any, Caller], Awaitable[Any]]
@@ -47,6 +55,7 @@ class Ways:
 
     sessions: Sessions
     password: Login
+    factor: FactorLogin
     oidc: OidcLogin
 
 
@@ -75,6 +84,8 @@ class AuthHandlers:
         self._events = events
         self._memory = memory
         self._away_until = 0.0
+        self._strangers = Budget(STRANGERS_BURST, STRANGERS_PER_S)
+        self._begun = Budget(BEGUN_BURST, BEGUN_PER_S)
         self._elsewhere = elsewhere
         self._development = development
 
@@ -85,6 +96,9 @@ class AuthHandlers:
             "Login": self._login,
             "Refresh": self._refresh,
             "Logout": self._logout,
+            "EnrolFactor": self._enrol_factor,
+            "ConfirmFactor": self._confirm_factor,
+            "RemoveFactor": self._remove_factor,
             "Jwks": self._jwks,
             "OidcStart": self._oidc_start,
             "OidcFinish": self._oidc_finish,
@@ -134,38 +148,85 @@ class AuthHandlers:
 
     async def _login(self, request: Any, _caller: Caller) -> Any:
         address = cut_address(request.address)
-        issued = await self._ways.password.login(request.email, request.password, request.new_password, address)
+        issued = await self._ways.password.login(
+            request.email, request.password, request.new_password, address, code=request.code, keys=request.keys
+        )
         return filled(messages.Tokens, issued)
 
+    async def _enrol_factor(self, request: Any, _caller: Caller) -> Any:
+        made = await self._ways.factor.enrol(*_factor(request))
+        return filled(messages.FactorSecret, made)
+
+    async def _confirm_factor(self, request: Any, _caller: Caller) -> Any:
+        return messages.RecoveryCodes(codes=await self._ways.factor.confirm(*_factor(request)))
+
+    async def _remove_factor(self, request: Any, _caller: Caller) -> Any:
+        await self._ways.factor.remove(*_factor(request))
+        return messages.RemoveFactorReply()
+
     async def _refresh(self, request: Any, _caller: Caller) -> Any:
-        async with self._pool.acquire() as connection:
-            issued = await self._ways.sessions.refresh(connection, request.refresh_token, cut_address(request.address))
+        address = cut_address(request.address)
+        if not sessions.plausible(request.refresh_token):
+            raise sessions.refused()
+        with self._asking(address):
+            async with self._pool.acquire() as connection:
+                issued = await self._ways.sessions.refresh(connection, request.refresh_token, address)
         return filled(messages.Tokens, issued)
+
+    @contextlib.contextmanager
+    def _asking(self, address: str) -> Iterator[None]:
+        """Lets an address ask in vain for so long: what it costs is given back unless the token was none.
+
+        Raises RateLimitExceeded.
+        """
+        self._spend(self._strangers, address)
+        try:
+            yield
+        except InvalidToken:
+            raise
+        except BaseException:
+            self._strangers.give_back(address)
+            raise
+        self._strangers.give_back(address)
+
+    @staticmethod
+    def _spend(budget: Budget, address: str) -> None:
+        wait_s = budget.take(address)
+        if wait_s:
+            error = refusal(RateLimitExceeded, "too many of these from your address; try again later")
+            error.retry_after_s = math.ceil(wait_s)
+            raise error
 
     async def _logout(self, request: Any, _caller: Caller) -> Any:
         kind = request.WhichOneof("session")
         if kind is None:
             raise refusal(InvalidRequest, "the request names no session", "session")
+        address = cut_address(request.address)
         if kind == "refresh_token":
-            async with self._pool.acquire() as connection:
-                await self._ways.sessions.end_by_refresh(connection, request.refresh_token)
+            if sessions.plausible(request.refresh_token):
+                self._spend(self._strangers, address)
+                async with self._pool.acquire() as connection:
+                    if await self._ways.sessions.end_by_refresh(connection, request.refresh_token, address):
+                        self._strangers.give_back(address)
         else:
-            await self._end_by_access(request.access_token)
+            await self._end_by_access(request.access_token, address)
         return messages.LogoutReply()
 
-    async def _end_by_access(self, token: str) -> None:
+    async def _end_by_access(self, token: str, address: str) -> None:
         try:
             access = await self._signer.access(self._pool, token)
         except InvalidToken:
             return  # nobody is logged in by it, which is what was asked for
         async with self._pool.acquire() as connection:
-            await sessions.end(connection, access.session_id)
+            await sessions.log_out(connection, access.session_id, address)
 
     async def _jwks(self, _request: Any, _caller: Caller) -> Any:
         async with self._pool.acquire() as connection:
             return messages.JwksReply(json=await self._signer.jwks(connection))
 
     async def _oidc_start(self, request: Any, _caller: Caller) -> Any:
+        # Each begun login is a row, and a question to the provider.
+        self._spend(self._begun, cut_address(request.address))
         session = await self._session_of(request.access_token) if request.access_token else None
         url, state = await self._ways.oidc.start(request.redirect_uri, session)
         return messages.OidcStartReply(url=url, state=state)
@@ -186,6 +247,10 @@ class AuthHandlers:
             async for event in events:
                 kind, _, value = event.partition(":")
                 yield messages.Event(**{kind: value or True})
+
+
+def _factor(request: Any) -> tuple[str, str, str, str]:
+    return request.email, request.password, request.code, cut_address(request.address)
 
 
 def principal_message(found: Principal) -> Any:

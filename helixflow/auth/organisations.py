@@ -176,6 +176,23 @@ async def admit(connection: Any, actor: Actor, home: UUID, address: str) -> None
         )
 
 
+async def require_factor(connection: Any, actor: Actor, organisation: str, role: str) -> Organisation:
+    """Says from which role on (empty: from none) a password needs a second factor beside it.
+
+    Whoever has none can enrol one with the password and nothing else from then on. Raises NotFound for another
+    organisation than the actor's, unless the actor administers the installation.
+    """
+    wanted = fields.role(role).word if role else ""
+    before = await find(connection, organisation, lock=True)
+    if not actor.installation:
+        actor.allow_organisation(before["id"], f"there is no organisation {organisation!r}", "organisation")
+    if wanted != before["factor_from"]:
+        await connection.execute("UPDATE organisations SET factor_from = $2 WHERE id = $1", before["id"], wanted)
+        detail = {"factor_from": {"from": before["factor_from"], "to": wanted}}
+        await audit.record(connection, actor, "organisation.update", before["name"], before["id"], detail)
+    return Organisation.of(await find(connection, str(before["id"])))
+
+
 def checked(content: Content) -> Content:
     """A policy that can be followed. Raises InvalidRequest."""
     if content.retention_days > RETENTION_DAYS_MAX or (content.store and not content.retention_days):

@@ -9,11 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
+from helixflow.auth import weak
 from helixflow.auth.turns import Turns
 from helixflow.core_rs import InvalidRequest
 from helixflow.refusals import refusal
 
-SHORTEST = 12
+SHORTEST = 15
+"""Characters of a password that may be the only factor (NIST SP 800-63B-4, 3.1.1.1); beside it counts `weak` alone."""
+
 LONGEST = 1024
 """Characters; nobody types more, and hashing starts with reading all of it."""
 
@@ -41,6 +44,7 @@ class Passwords:
         self._hasher = hasher or PasswordHasher()
         self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="password")
         self._turns = Turns(at_a_time)
+        weak.load()
         # What a password of nobody is compared with: an unknown name costs as much as a known one.
         self._nobody = self._hasher.hash(secrets.token_hex(16))
 
@@ -61,6 +65,10 @@ class Passwords:
         loop = asyncio.get_running_loop()
         same = await loop.run_in_executor(self._threads, self._verify, stored or self._nobody, _normal(password))
         return same and stored is not None
+
+    async def weak(self, password: str, context: frozenset[str]) -> bool:
+        """Whether a new password is among those that are guessed first. `context`: of `weak.expected`."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, weak.weak, password, context)
 
     def outdated(self, stored: str) -> bool:
         """Whether the hash was made with other parameters than new ones are."""

@@ -5,6 +5,7 @@ from typing import Any
 
 ORGANISATION = """
 SELECT o.id, o.name, o.first, o.suspended, o.content_store, o.content_retention_days, o.content_redact, o.domains,
+    o.factor_from,
     floor(extract(epoch FROM o.created_at))::bigint AS created,
     (extract(epoch FROM o.created_at) * 1000000)::bigint AS place
 FROM organisations o
@@ -15,7 +16,10 @@ SELECT u.id, u.email, u.role, u.organisation_id, o.name AS organisation, u.servi
         AND f.free_at > now()) AS locked, u.must_change_password,
     floor(extract(epoch FROM u.created_at))::bigint AS created,
     (extract(epoch FROM u.created_at) * 1000000)::bigint AS place,
-    coalesce(floor(extract(epoch FROM u.last_login_at)), 0)::bigint AS last_login
+    coalesce(floor(extract(epoch FROM u.last_login_at)), 0)::bigint AS last_login,
+    CASE WHEN u.must_change_password THEN
+        coalesce(floor(extract(epoch FROM u.password_expires_at)), 0)::bigint ELSE 0 END AS password_expires,
+    EXISTS (SELECT FROM second_factors f WHERE f.user_id = u.id AND f.secret IS NOT NULL) AS second_factor
 FROM users u JOIN organisations o ON o.id = u.organisation_id
 """
 KEY = """
@@ -49,12 +53,21 @@ class Organisation:
     content: Content
     created_at: int
     domains: list[str]
+    factor_from: str
 
     @classmethod
     def of(cls, row: Any) -> "Organisation":
         """A row of ORGANISATION."""
         content = Content(row["content_store"], row["content_retention_days"], row["content_redact"])
-        return cls(str(row["id"]), row["name"], row["suspended"], content, row["created"], row["domains"])
+        return cls(
+            str(row["id"]),
+            row["name"],
+            row["suspended"],
+            content,
+            row["created"],
+            row["domains"],
+            row["factor_from"],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,8 @@ class User:
     must_change_password: bool
     created_at: int
     last_login_at: int
+    second_factor: bool
+    password_expires_at: int
 
     @classmethod
     def of(cls, row: Any) -> "User":
@@ -88,6 +103,8 @@ class User:
             must_change_password=row["must_change_password"],
             created_at=row["created"],
             last_login_at=row["last_login"],
+            second_factor=row["second_factor"],
+            password_expires_at=row["password_expires"],
         )
 
 

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import inspect
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import uvloop
 from helixflow import core_rs, log
 from helixflow.auth.build import Built, build
 from helixflow.auth.errors import database_errors
+from helixflow.auth.first_start import FirstLogin
 from helixflow.config import Config
 from helixflow.core_rs import CoreError, TlsFiles, Unavailable
 from helixflow.db import migrate, roles
@@ -37,13 +39,14 @@ OPERATORS = frozenset({"api-gateway", SERVICE})
 WAIT_S = (0.1, 2.0)
 """Shortest and longest pause before a database that does not answer is tried again (seconds)."""
 
-_FIRST_START = """
-First start: the owner is {owner}, with the one-time password
+_FIRST = """
+The owner is {first.owner}, with the one-time password
 
-    {password}
+    {shown}
 
-It must be changed at the first login and is not shown again.
+It must be changed at the first login and is valid until {first.until}. {where}
 """
+_IN_FILE = "(in {path}, which only this account can read)"
 
 logger = log.get("auth")
 
@@ -81,10 +84,6 @@ async def _serve_until(stop: asyncio.Event, config: Config) -> int:
     pool = starting.result()
     try:
         built = await build(config, pool)
-        if built.first_password is not None:
-            # At once: it exists already, and a start that fails later would lose it. To the operator's eyes only, so on
-            # standard output, not in the log.
-            say(_FIRST_START.format(owner=config.auth.owner, password=built.first_password), flush=True)
         try:
             await _until(stop, config, built)
         finally:
@@ -108,11 +107,24 @@ async def _until(stop: asyncio.Event, config: Config, built: Built) -> None:
         server.set_serving(True)
         logger.info("ready", address=address)
         notify_ready(address)
+        if built.first is not None:
+            say(first_words(built.first, terminal=sys.stdout.isatty()), flush=True)
         await stop.wait()
         server.set_serving(False)
         logger.info("stopping")
     finally:
         await server.stop(config.auth.drain_timeout_s)
+
+
+def first_words(first: FirstLogin, *, terminal: bool) -> str:
+    """How the owner gets in, for whoever sees standard output.
+
+    A terminal shows the password; what may be kept as a log only says where it stands.
+    """
+    where = f"It stands in {first.path} until then."
+    if terminal:
+        return _FIRST.format(first=first, shown=first.password, where=where)
+    return _FIRST.format(first=first, shown=_IN_FILE.format(path=first.path), where="").rstrip() + "\n"
 
 
 async def _open(config: Config) -> Pool:

@@ -20,6 +20,8 @@ from uuid import UUID
 
 from helixflow.addresses import network
 from helixflow.config import AuthConfig
+from helixflow.core_rs import AccountLocked
+from helixflow.refusals import refusal
 
 FORGET_S = 86_400.0
 """Failures are forgotten when none followed for this long (seconds)."""
@@ -36,6 +38,9 @@ KNOWN_DELAY_S = 60.0
 ACCOUNT_FREE = 50
 ACCOUNT_DELAY_S = 60.0
 """Of one account from addresses that are not known: 50, then at most 1,440 a day."""
+
+CODE = "(code)"
+"""Stands for the address of codes."""
 
 _ENTER = """
 INSERT INTO login_attempts (account, address) SELECT * FROM unnest($1::bytea[], $2::text[]) AS s (account, address)
@@ -96,34 +101,39 @@ class Throttle:
         """As configured."""
         return cls(options.login_free_attempts, options.login_free_per_address, options.login_delay_max_s)
 
-    async def attempt(self, connection: Any, email: str, address: str, *, known: bool) -> float:
+    async def attempt(self, connection: Any, email: str, address: str, *, known: bool) -> None:
         """Counts one attempt, in the caller's transaction. `known`: the user has logged in from there before.
 
-        Returns 0, or the seconds to wait: then the caller rolls back, and nothing was counted.
+        Raises AccountLocked when it comes too early: then nothing is counted.
         """
-        counts = self._counts(email, address, known=known)
-        names = [count.account for count in counts], [count.address for count in counts]
-        rows: dict[tuple[bytes, str], Any] = {}
-        while len(rows) < len(counts):  # one that was there may be removed while we wait for it
-            await connection.execute(_ENTER, *names)
-            rows = {(row["account"], row["address"]): row for row in await connection.fetch(_LOCK, *names)}
-        found = [rows[count.account, count.address] for count in counts]
-        wait_s = max(row["wait_s"] for row in found)
-        if wait_s > 0:
-            return float(wait_s)
-        failures = [1 if row["age_s"] > FORGET_S else row["failures"] + 1 for row in found]
-        pauses = [count.pause_s(number) for count, number in zip(counts, failures, strict=True)]
-        await connection.execute(_COUNT, *names, failures, pauses)
-        return 0.0
-
-    def _counts(self, email: str, address: str, *, known: bool) -> list[Count]:
         account, client = subject(email), place(address)
         longest_s = min(self.longest_s, KNOWN_DELAY_S) if known else self.longest_s
         counts = [Count(account, client, self.free, longest_s)]
         if not known:
             counts.append(Count(b"", client, self.free_per_address, self.longest_s))
             counts.append(Count(account, "", ACCOUNT_FREE, min(self.longest_s, ACCOUNT_DELAY_S)))
-        return counts
+        await _count(connection, counts)
+
+    async def code(self, connection: Any, email: str) -> None:
+        """Counts a code of a second factor, whose sender knows the password: from wherever. Raises AccountLocked."""
+        await _count(connection, [Count(subject(email), CODE, self.free, self.longest_s)])
+
+
+async def _count(connection: Any, counts: list[Count]) -> None:
+    names = [count.account for count in counts], [count.address for count in counts]
+    rows: dict[tuple[bytes, str], Any] = {}
+    while len(rows) < len(counts):  # one that was there may be removed while we wait for it
+        await connection.execute(_ENTER, *names)
+        rows = {(row["account"], row["address"]): row for row in await connection.fetch(_LOCK, *names)}
+    found = [rows[count.account, count.address] for count in counts]
+    wait_s = max(row["wait_s"] for row in found)
+    if wait_s > 0:
+        error = refusal(AccountLocked, f"too many wrong passwords or codes: try again in {math.ceil(wait_s)} s")
+        error.retry_after_s = math.ceil(wait_s)
+        raise error
+    failures = [1 if row["age_s"] > FORGET_S else row["failures"] + 1 for row in found]
+    pauses = [count.pause_s(number) for count, number in zip(counts, failures, strict=True)]
+    await connection.execute(_COUNT, *names, failures, pauses)
 
 
 async def known(connection: Any, user_id: UUID | None, address: str) -> bool:
@@ -140,9 +150,11 @@ async def known(connection: Any, user_id: UUID | None, address: str) -> bool:
 
 
 async def passed(connection: Any, email: str, user_id: UUID, address: str, *, was_known: bool) -> None:
-    """The counted attempt was right: it is undone, and the address is known from now on."""
+    """The counted attempt was right, its code too: it is undone, and the address is known from now on."""
     account, client = subject(email), place(address)
-    await connection.execute("DELETE FROM login_attempts WHERE account = $1 AND address = $2", account, client)
+    await connection.execute(
+        "DELETE FROM login_attempts WHERE account = $1 AND address = ANY($2::text[])", account, [client, CODE]
+    )
     if not was_known:
         await connection.execute(_UNCOUNT, [b"", account], [client, ""])
     await connection.execute(_REMEMBER, user_id, client)
@@ -163,8 +175,3 @@ def subject(email: str) -> bytes:
 def place(address: str) -> str:
     """What the tables know an address by; never empty, which means all of them."""
     return network(address) or "unknown"
-
-
-def seconds(wait_s: float) -> int:
-    """A pause in whole seconds, for people and headers."""
-    return max(1, math.ceil(wait_s))

@@ -5,13 +5,16 @@ from uuid import UUID
 
 import asyncpg
 
-from helixflow.auth import audit, fields, organisations, roles, sessions, throttle
+from helixflow.auth import audit, factors, fields, held_keys, organisations, roles, sessions, throttle
 from helixflow.auth.actors import Actor, permit
 from helixflow.auth.organisations import Page, page_of
 from helixflow.auth.records import USER, User
 from helixflow.auth.roles import Role
 from helixflow.core_rs import Conflict, InvalidRequest, NotFound
 from helixflow.refusals import refusal
+
+ONE_TIME_S = 259_200.0
+"""A one-time password lasts this long unless the configuration says otherwise (seconds)."""
 
 _OTHER_OWNERS = """
 SELECT count(*) FROM users
@@ -60,8 +63,9 @@ async def create(
     email: str,
     role: str,
     password: str | None,
+    lasts_s: float = ONE_TIME_S,
 ) -> User:
-    """A new user; `password`: hash of the one-time password, None for a service account.
+    """A new user; `password`: hash of the one-time password, None for a service account. It lasts for `lasts_s`.
 
     Raises PermissionDenied for an address that has no place in the organisation, and Conflict when the e-mail (of all)
     or the name (of the organisation) is taken.
@@ -76,14 +80,15 @@ async def create(
     try:
         async with connection.transaction():
             made: UUID = await connection.fetchval(
-                "INSERT INTO users (organisation_id, email, role, service_account, password, must_change_password) "
-                "VALUES ($1, $2, $3, $4, $5, $6) RETURNING id",
+                "INSERT INTO users (organisation_id, email, role, service_account, password, must_change_password, "
+                "password_expires_at) VALUES ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7)) RETURNING id",
                 home,
                 email,
                 wanted.word,
                 service,
                 password,
                 not service,
+                None if service else lasts_s,
             )
     except asyncpg.UniqueViolationError:
         raise refusal(Conflict, f"there is a user {email!r} already", "email") from None
@@ -131,18 +136,27 @@ async def update(connection: Any, actor: Actor, name: str, role: str | None, dis
     return await by_id(connection, row["id"])
 
 
-async def reset_password(connection: Any, actor: Actor, name: str, password: str) -> User:
-    """A new one-time password (its hash); forgets wrong ones and ends all sessions. Raises InvalidRequest."""
+async def reset_password(
+    connection: Any, actor: Actor, name: str, password: str, keys: str = "", lasts_s: float = ONE_TIME_S
+) -> User:
+    """A new one-time password (its hash); forgets wrong ones and ends all sessions. `keys`: keep or revoke.
+
+    Raises InvalidRequest, also when the user has keys and `keys` does not say what to do with them.
+    """
     row = await target(connection, actor, name)
     permit(roles.secret(actor.power, Role[row["role"].upper()], own=actor.owns(row["id"])), "user")
     if row["service_account"]:
         raise refusal(InvalidRequest, f"{row['email']!r} is a service account: it has keys, no password", "user")
     await connection.execute(
-        "UPDATE users SET password = $2, must_change_password = true WHERE id = $1", row["id"], password
+        "UPDATE users SET password = $2, must_change_password = true, "
+        "password_expires_at = now() + make_interval(secs => $3) WHERE id = $1",
+        row["id"],
+        password,
+        lasts_s,
     )
     await throttle.clear(connection, row["email"])
     ended = await sessions.end_all(connection, row["id"])
-    detail = {"sessions_ended": ended}
+    detail = {"sessions_ended": ended, **await held_keys.settle(connection, row["id"], keys)}
     await audit.record(connection, actor, "user.reset_password", row["email"], row["organisation_id"], detail)
     return await by_id(connection, row["id"])
 
@@ -166,6 +180,7 @@ async def delete(connection: Any, actor: Actor, name: str) -> str:
         "UPDATE users SET deleted_at = now(), password = NULL, must_change_password = false WHERE id = $1", row["id"]
     )
     ended = await sessions.end_all(connection, row["id"])
+    await factors.remove(connection, row["id"])
     revoked = await connection.fetch(
         "UPDATE api_keys SET revoked_at = now() WHERE revoked_at IS NULL AND (user_id = $1 OR "
         "parent_id IN (SELECT id FROM api_keys WHERE user_id = $1)) RETURNING id",

@@ -294,7 +294,10 @@ async def _forget_pepper(config: "Config", _options: argparse.Namespace) -> int:
     async with _connection(config) as (target, connection), connection.transaction():
         keys, sessions = await forget(connection, config.auth.pepper)
     say(f"{target}: the pepper is forgotten, {keys} keys are revoked, {sessions} sessions ended")
-    say("next: start the auth-service, then issue keys; `audit verify` can check nothing from before")
+    say(
+        "next: start the auth-service, then issue keys; `audit verify` can check nothing from before, and second "
+        "factors cannot be read any more: `helixflow user reset-factor`"
+    )
     return 0
 
 

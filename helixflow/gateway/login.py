@@ -26,7 +26,15 @@ TIMEOUT_S = 10.0
 """Passwords are checked a few at a time: a login may have to wait its turn (seconds)."""
 PROVIDER_TIMEOUT_S = 30.0
 """The provider is asked too."""
-LONGEST = {"email": 320, "password": 1024, "new_password": 1024, "refresh_token": 8192, "access_token": 8192}
+LONGEST = {
+    "email": 320,
+    "password": 1024,
+    "new_password": 1024,
+    "code": 40,
+    "keys": 10,
+    "refresh_token": 8192,
+    "access_token": 8192,
+}
 """Longest value of each parameter (characters)."""
 
 JWKS_TIMEOUT_S = 2.0
@@ -61,6 +69,9 @@ class Login:
         """Every route. All of them are open: who calls is what they find out."""
         return [
             Route("POST", "/auth/v1/login", self.login, Policy.PUBLIC),
+            Route("POST", "/auth/v1/second-factor", self.enrol_factor, Policy.PUBLIC),
+            Route("POST", "/auth/v1/second-factor/confirm", self.confirm_factor, Policy.PUBLIC),
+            Route("POST", "/auth/v1/second-factor/remove", self.remove_factor, Policy.PUBLIC),
             Route("POST", "/auth/v1/refresh", self.refresh, Policy.PUBLIC),
             Route("POST", "/auth/v1/logout", self.logout, Policy.PUBLIC),
             Route("GET", "/auth/v1/oidc/start", self.oidc_start, Policy.PUBLIC),
@@ -70,9 +81,21 @@ class Login:
         ]
 
     async def login(self, request: Request) -> None:
-        """POST /auth/v1/login: tokens for a password, which `new_password` replaces."""
+        """POST /auth/v1/login: tokens for a password, which `new_password` replaces, and a code where one is needed."""
         request.extra_headers.append(NO_STORE)
         await self._tokens(request, "Login", await _login_request(request), TIMEOUT_S)
+
+    async def enrol_factor(self, request: Request) -> None:
+        """POST /auth/v1/second-factor: a new secret for an authenticator; it counts once it is confirmed."""
+        await self._factor(request, "EnrolFactor", ("email", "password"), ("code",))
+
+    async def confirm_factor(self, request: Request) -> None:
+        """POST /auth/v1/second-factor/confirm: with the first code; answers with recovery codes."""
+        await self._factor(request, "ConfirmFactor", ("email", "password", "code"))
+
+    async def remove_factor(self, request: Request) -> None:
+        """POST /auth/v1/second-factor/remove: back to the password alone."""
+        await self._factor(request, "RemoveFactor", ("email", "password", "code"))
 
     async def refresh(self, request: Request) -> None:
         """POST /auth/v1/refresh: new tokens for a refresh token, which is used up."""
@@ -91,7 +114,8 @@ class Login:
             if len(token) > LONGEST["access_token"]:
                 raise refusal(InvalidRequest, "the Authorization header holds no access token")
             body = {"access_token": token.decode("latin-1")}
-        await ask(self._call, "AuthService/Logout", messages.LogoutRequest(**body), request, TIMEOUT_S)
+        message = messages.LogoutRequest(**body, address=request.client)
+        await ask(self._call, "AuthService/Logout", message, request, TIMEOUT_S)
         await request.respond(200, b"{}")
 
     async def oidc_start(self, request: Request) -> None:
@@ -114,7 +138,9 @@ class Login:
 
     async def _begin(self, request: Request, access_token: str = "") -> tuple[str, tuple[bytes, bytes]]:
         """The provider's URL, and the cookie that this browser keeps until it comes back."""
-        message = messages.OidcStartRequest(redirect_uri=self._public.of(request, CALLBACK), access_token=access_token)
+        message = messages.OidcStartRequest(
+            redirect_uri=self._public.of(request, CALLBACK), access_token=access_token, address=request.client
+        )
         answer = await ask(self._call, "AuthService/OidcStart", message, request, PROVIDER_TIMEOUT_S)
         url, state = str(answer.url), str(answer.state)
         if not (url.isascii() and url.isprintable() and _TOKEN.fullmatch(state)):
@@ -164,6 +190,15 @@ class Login:
             self._jwks = bytes(answer.json)
         self._jwks_until = time.monotonic() + JWKS_FRESH_S
 
+    async def _factor(
+        self, request: Request, method: str, required: tuple[str, ...], optional: tuple[str, ...] = ()
+    ) -> None:
+        request.extra_headers.append(NO_STORE)
+        body = await _strings(request, required, optional)
+        message = messages.FactorRequest(**body, address=request.client)
+        answer = await ask(self._call, f"AuthService/{method}", message, request, TIMEOUT_S)
+        await request.respond(200, orjson.dumps(messages.plain(answer)))
+
     async def _tokens(self, request: Request, method: str, message: Any, timeout_s: float) -> None:
         answer = await ask(self._call, f"AuthService/{method}", message, request, timeout_s)
         await request.respond(200, orjson.dumps({"token_type": "Bearer", **messages.plain(answer)}))
@@ -171,7 +206,7 @@ class Login:
 
 async def _login_request(request: Request) -> Any:
     """What a login has in its body."""
-    body = await _strings(request, ("email", "password"), ("new_password",))
+    body = await _strings(request, ("email", "password"), ("new_password", "code", "keys"))
     return messages.LoginRequest(**body, address=request.client)
 
 

@@ -43,6 +43,15 @@ class AuthConfig:
     login_delay_max_s: float = option(
         900.0, "longest pause between wrong passwords; it begins at 1 and doubles (seconds)", check=between(1, 86_400)
     )
+    one_time_ttl_s: int = option(
+        259_200,
+        "a one-time password of a new user or of a reset is valid this long (seconds)",
+        check=between(60, 31_536_000),
+    )
+    first_password_ttl_s: int = option(
+        86_400, "likewise that of the owner whom the first start makes (seconds)", check=between(60, 31_536_000)
+    )
+    factor_issuer: str = option("HelixFlow", "what authenticators show beside the e-mail of a second factor")
     drain_timeout_s: float = option(10.0, "calls may run this long after SIGTERM (seconds)", check=between(0, 3600))
     public_url: str = option(
         "",

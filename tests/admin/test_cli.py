@@ -82,7 +82,7 @@ def test_user_list_reads_every_page(service: Scripted, shell: Shell) -> None:
     service.answers["AdminService/ListUsers"] = page
     done = shell("user", "list", "--organisation", "default")
     assert [line.split()[0] for line in done.out.splitlines()] == ["E-MAIL", *(f"u{n}@example.com" for n in range(3))]
-    assert "locked" in done.out
+    assert "has to wait" in done.out
     assert "service" in done.out
     assert [call.message["limit"] for call in service.calls] == [1000] * 3
     assert all(call.message["organisation"] == "default" for call in service.calls)
@@ -119,6 +119,42 @@ def test_enable_is_sent_although_it_is_false(service: Scripted, shell: Shell) ->
     shell("user", "update", ID, "--enable")
     assert service.only("AdminService/UpdateUser")["disabled"] is False
     assert "role" not in service.only("AdminService/UpdateUser")
+
+
+def test_sessions(service: Scripted, shell: Shell) -> None:
+    row = {"id": ID, "user": "a@example.com", "method": "password", "address": "192.0.2.1", "created_at": 1_800_000_000}
+    service.answers["AdminService/ListSessions"] = messages.Sessions(data=[messages.Session(**row)])
+    shown = shell("session", "list", "--user", "a@example.com")
+    assert sent(service, "ListSessions") == {"user": "a@example.com", "limit": 1000}
+    for text in (ID, "a@ex", "password", "192.0.2.1", "2027-01-15 08:00", "never"):
+        assert text in shown.out
+    service.answers["AdminService/EndSession"] = messages.Deleted(id=ID)
+    assert "is over" in shell("session", "end", ID).out
+    assert sent(service, "EndSession") == {"session": ID}
+    service.answers["AdminService/EndSessions"] = messages.EndedSessions(ended=3)
+    assert "3 sessions of a@example.com are over" in shell("session", "end", "--user", "a@example.com").out
+    for wrong in ((), (ID, "--user", "a@example.com")):
+        done = shell("session", "end", *wrong)
+        assert done.status != 0
+        assert "name one session, or a user" in done.err
+
+
+def test_second_factors(service: Scripted, shell: Shell) -> None:
+    service.answers["AdminService/ResetFactor"] = user()
+    assert "no second factor now" in shell("user", "reset-factor", "a@example.com").out
+    service.answers["AdminService/RequireFactor"] = lambda asked: messages.Organisation(id=ID, name=asked.organisation)
+    assert "from the role admin on" in shell("organisation", "require-factor", "default", "admin").out
+    assert sent(service, "RequireFactor") == {"organisation": "default", "role": "admin"}
+    service.calls.clear()
+    assert "nobody needs" in shell("organisation", "require-factor", "default", "nobody").out
+    assert sent(service, "RequireFactor") == {"organisation": "default"}
+
+
+def test_reset_password_says_what_becomes_of_keys_and_how_long_it_lasts(service: Scripted, shell: Shell) -> None:
+    made = messages.CreatedUser(user=user(password_expires_at=1_800_000_000), one_time_password="battery staple")
+    service.answers["AdminService/ResetPassword"] = made
+    assert "valid until 2027-01-15 08:00" in shell("user", "reset-password", "a@example.com", "--keys", "revoke").out
+    assert sent(service, "ResetPassword") == {"user": "a@example.com", "keys": "revoke"}
 
 
 def test_reset_password(service: Scripted, shell: Shell) -> None:
@@ -501,7 +537,8 @@ def test_the_server_must_be_the_auth_service(
 
 def test_every_leaf_has_help_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     leaves = [
-        *(("user", name) for name in ("add", "list", "update", "reset-password", "unlock", "remove")),
+        *(("user", name) for name in ("add", "list", "update", "reset-password", "reset-factor", "unlock", "remove")),
+        *(("session", name) for name in ("list", "end")),
         *(("organisation", name) for name in ("add", "list", "update")),
         *(("key", name) for name in ("add", "list", "update", "rotate", "revoke")),
         *(("limits", name) for name in ("set", "list")),

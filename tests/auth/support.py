@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +13,16 @@ from uuid import UUID, uuid4
 from argon2 import PasswordHasher
 
 from helixflow.auth import actors, api_keys, audit, users
+from helixflow.auth.actors import Actor
 from helixflow.auth.api_keys import Wanted
-from helixflow.auth.first_start import first_start
+from helixflow.auth.factor_login import FactorLogin
+from helixflow.auth.factors import Factors
+from helixflow.auth.first_start import FILE, discard, first_start
 from helixflow.auth.login import Login
 from helixflow.auth.passwords import Passwords
 from helixflow.auth.pepper import Pepper
 from helixflow.auth.refusals import Refusals
+from helixflow.auth.roles import Power, Role
 from helixflow.auth.sessions import Sessions
 from helixflow.auth.signing import Signer
 from helixflow.auth.throttle import Throttle
@@ -59,7 +64,10 @@ class World:
     sessions: Sessions
     login: Login
     refusals: Refusals
+    factors: Factors
+    factor: FactorLogin
     first_password: str | None
+    first_file: Path
 
     @contextlib.asynccontextmanager
     async def begin(self) -> AsyncIterator[Any]:
@@ -92,6 +100,16 @@ class World:
         made = await self.do(users.create, OPERATOR, organisation=organisation, email=name, role=role, password=None)
         return UUID(made.id)
 
+    async def acting(self, user_id: UUID) -> Actor:
+        """The user as one who acts, by an access token."""
+        (row,) = await self.rows(
+            "SELECT u.email, u.role, u.organisation_id, o.first FROM users u JOIN organisations o "
+            "ON o.id = u.organisation_id WHERE u.id = $1",
+            user_id,
+        )
+        power = Power(role=Role[row["role"].upper()], installation=row["first"])
+        return Actor(row["email"], power, user_id, organisation_id=row["organisation_id"], address="10.0.0.1")
+
     async def key(self, user: UUID, name: str = "key", **wanted: Any) -> tuple[UUID, str]:
         """A key: its UUID and secret."""
         made = await self.do(api_keys.create, OPERATOR, SECRET, str(user), Wanted(name, **wanted))
@@ -117,24 +135,47 @@ async def world(target: Target, pki: Layout, **options: Any) -> AsyncIterator[Wo
     audit.seal_with(SealKeys.of(SECRET.ledger_key()).audit)
     pool = await Pool.open(DatabaseConfig(), target, name="test")
     passwords = Passwords(chosen.password_checks, CHEAP)
+    exits = contextlib.ExitStack()
     try:
+        first_file = Path(exits.enter_context(tempfile.TemporaryDirectory())) / FILE
         async with pool.acquire() as connection, connection.transaction():
-            first = await first_start(connection, passwords, chosen.owner)
+            first = await first_start(connection, passwords, chosen.owner, first_file, chosen.first_password_ttl_s)
             signer = await Signer.open(connection, pki.jwt_private, chosen)
         sessions = Sessions(chosen, SECRET, signer)
-        refusals = Refusals(pool)
-        login = Login(pool, passwords, Throttle.of(chosen), sessions, refusals)
-        yield World(pool, chosen, passwords, signer, sessions, login, refusals, first)
+        refusals, rules, factors = Refusals(pool), Throttle.of(chosen), Factors(SECRET, chosen.factor_issuer)
+        login = Login(
+            pool,
+            passwords,
+            rules,
+            sessions,
+            refusals,
+            factors=factors,
+            on_change=lambda email: discard(first_file, email),
+        )
+        yield World(
+            pool,
+            chosen,
+            passwords,
+            signer,
+            sessions,
+            login,
+            refusals,
+            factors,
+            FactorLogin(pool, passwords, login, factors, rules, refusals),
+            first.password if first else None,
+            first_file,
+        )
     finally:
+        exits.close()
         passwords.close()
         await pool.close()
 
 
-def run(work: Awaitable[None]) -> None:
+def run(work: Awaitable[None], seconds: float = 25) -> None:
     """Runs one test's coroutine."""
 
     async def bounded() -> None:
-        async with asyncio.timeout(25):
+        async with asyncio.timeout(seconds):
             await work
 
     asyncio.run(bounded())

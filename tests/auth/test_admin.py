@@ -35,13 +35,23 @@ def test_every_method_has_a_rule_and_a_handler(shared: Target, pki: Layout) -> N
 
 
 ALLOWED = {
-    "viewer": {"ListOrganisations", "ListKeys", "ListLimits", "ListPrices", "QueryUsage"},
+    "viewer": {
+        "ListOrganisations",
+        "ListKeys",
+        "ListLimits",
+        "ListPrices",
+        "QueryUsage",
+        "ListSessions",
+        "EndSession",
+        "EndSessions",
+    },
     "member": {"CreateKey", "UpdateKey", "RotateKey", "RevokeKey"},
     "admin": {
         "CreateUser",
         "ListUsers",
         "UpdateUser",
         "ResetPassword",
+        "ResetFactor",
         "UnlockUser",
         "DeleteUser",
         "SetLimits",
@@ -49,7 +59,15 @@ ALLOWED = {
         "GetTexts",
         "ListAudit",
     },
-    "owner": {"CreateOrganisation", "UpdateOrganisation", "SetPrice", "DeletePrice", "VerifyLedger", "AnchorLedger"},
+    "owner": {
+        "RequireFactor",
+        "CreateOrganisation",
+        "UpdateOrganisation",
+        "SetPrice",
+        "DeletePrice",
+        "VerifyLedger",
+        "AnchorLedger",
+    },
 }
 
 

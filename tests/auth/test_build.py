@@ -31,6 +31,7 @@ from helixflow.core_rs import (
     NotFound,
     PasswordChangeRequired,
     PermissionDenied,
+    RateLimitExceeded,
     TlsFiles,
 )
 from helixflow.db.pool import Pool
@@ -61,6 +62,10 @@ class Service:
     pool: Pool
     gateway: Client
     command: Client
+
+    @property
+    def first_password(self) -> str | None:
+        return self.built.first.password if self.built.first else None
 
     async def call(self, method: str, **values: Any) -> Any:
         """As a gateway, with what JSON would hold."""
@@ -111,8 +116,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_whole_life_over_the_wire(each: Target, pki: Layout, tmp_path: Path) -> None:
     async def test() -> None:
         async with service(each, pki, tmp_path) as s:
-            assert s.built.first_password is not None
-            login = {"email": OWNER, "password": s.built.first_password, "address": "10.0.0.1"}
+            assert s.first_password is not None
+            login = {"email": OWNER, "password": s.first_password, "address": "10.0.0.1"}
             with pytest.raises(PasswordChangeRequired):
                 await s.call("Login", **login)
             tokens = await s.call("Login", **login, new_password="correct horse battery")
@@ -232,7 +237,7 @@ def test_the_development_key_is_known_in_its_profile_only(target: Target, pki: L
         async with service(target, pki, tmp_path) as s:
             with pytest.raises(InvalidApiKey):
                 await s.call("Verify", key_digest=digest)
-            assert s.built.first_password is None
+            assert s.first_password is not None, "nobody has used it yet"
 
     run(test())
 
@@ -241,11 +246,8 @@ def test_two_services_start_at_once_and_share_everything(target: Target, pki: La
     async def test() -> None:
         async with contextlib.AsyncExitStack() as stack:
             both = await asyncio.gather(*(stack.enter_async_context(service(target, pki, tmp_path)) for _ in range(2)))
-            passwords = [one.built.first_password for one in both if one.built.first_password]
-            assert len(passwords) == 1
-            tokens = await both[0].call(
-                "Login", email=OWNER, password=passwords[0], new_password="correct horse battery"
-            )
+            (password,) = {one.first_password for one in both if one.first_password}
+            tokens = await both[0].call("Login", email=OWNER, password=password, new_password="correct horse battery")
             assert (await both[1].call("Verify", access_token=tokens.access_token)).user == OWNER
             fresh = await both[1].call("Refresh", refresh_token=tokens.refresh_token)
             with pytest.raises(InvalidToken):
@@ -262,7 +264,7 @@ def test_keys_of_tokens_are_rotated_under_way(
     async def test() -> None:
         layout = copy(pki, tmp_path)
         async with service(target, layout, tmp_path) as s:
-            login = {"email": OWNER, "password": s.built.first_password}
+            login = {"email": OWNER, "password": s.first_password}
             old = await s.call("Login", **login, new_password="correct horse battery")
             before = {key["kid"] for key in json.loads((await s.call("Jwks")).json)["keys"]}
             rotate(layout, rotated)
@@ -301,7 +303,7 @@ def test_what_is_invented_costs_no_transaction(each: Target, pki: Layout, tmp_pa
 
     async def test() -> None:
         async with service(each, pki, tmp_path) as s:
-            login = {"email": OWNER, "password": s.built.first_password}
+            login = {"email": OWNER, "password": s.first_password}
             tokens = await s.call("Login", **login, new_password="correct horse battery")
             await s.call("Verify", access_token=tokens.access_token)
             await s.built.events.listening.wait()
@@ -338,6 +340,30 @@ def test_what_is_invented_costs_no_transaction(each: Target, pki: Layout, tmp_pa
                 with contextlib.suppress(InvalidApiKey):
                     found = await s.call("Verify", key_digest=digest)
             assert found.key == "late"
+
+    run(test())
+
+
+def test_refresh_tokens_that_are_none_have_a_budget(target: Target, pki: Layout, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with service(target, pki, tmp_path) as s:
+            login = {"email": OWNER, "password": s.first_password}
+            tokens = await s.call("Login", **login, new_password="correct horse battery")
+            with counted(s.pool) as taken:
+                for _ in range(5):
+                    with pytest.raises(InvalidToken):
+                        await s.call("Refresh", refresh_token="nonsense", address="10.0.0.1")
+                    await s.call("Logout", refresh_token="nonsense", address="10.0.0.1")
+                assert taken == []
+                outcomes = await asyncio.gather(
+                    *(s.call("Refresh", refresh_token=f"hr-{number}", address="10.0.0.1") for number in range(200)),
+                    return_exceptions=True,
+                )
+                kinds = [type(outcome) for outcome in outcomes]
+                assert (kinds.count(InvalidToken), kinds.count(RateLimitExceeded)) == (len(taken), 200 - len(taken))
+                assert 60 <= len(taken) < 100
+            for _ in range(3):  # from elsewhere, and there is no limit for those who have one
+                tokens = await s.call("Refresh", refresh_token=tokens.refresh_token, address="10.0.0.2")
 
     run(test())
 

@@ -60,7 +60,9 @@ def test_of_first_starts_at_once_one_makes_the_owner(each: Target, pki: Layout) 
         async with world(each, pki) as w:
             assert w.first_password is None
             await w.value("TRUNCATE organisations CASCADE")
-            made = await asyncio.gather(*(w.do(first_start, w.passwords, "Me@Example.com") for _ in range(6)))
+            made = await asyncio.gather(
+                *(w.do(first_start, w.passwords, "Me@Example.com", w.first_file, 60) for _ in range(6))
+            )
             assert sum(password is not None for password in made) == 1
             assert await w.rows("SELECT email FROM users") == [("me@example.com",)]
 
@@ -200,7 +202,7 @@ def test_removed_users_are_unknown(target: Target, pki: Layout) -> None:
 
 @pytest.mark.parametrize(
     ("password", "problem"),
-    [("short", "12 to 1024"), ("x" * 11, "12 to 1024"), ("x" * 1025, "12 to 1024"), (PASSWORD, "differ")],
+    [("short", "15 to 1024"), ("x" * 14, "15 to 1024"), ("x" * 1025, "15 to 1024"), (PASSWORD, "differ")],
 )
 def test_new_passwords_have_rules(target: Target, pki: Layout, password: str, problem: str) -> None:
     async def test() -> None:
@@ -223,7 +225,7 @@ def test_a_new_password_ends_the_sessions_of_the_old_one(target: Target, pki: La
             assert await w.value("SELECT count(*) FROM sessions WHERE revoked_at IS NOT NULL") == 1
             assert await w.value("SELECT count(*) FROM sessions WHERE revoked_at IS NULL") == 1
             (row,) = await w.audited("user.password")
-            assert row["detail"] == '{"sessions_ended": 1}'
+            assert row["detail"] == '{"keys_kept": 0, "keys_revoked": 0, "sessions_ended": 1}'
 
     run(test())
 

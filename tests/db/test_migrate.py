@@ -280,6 +280,14 @@ DATA = {
         INSERT INTO ledger_days (day, sequence, hash, seal) VALUES ('2026-11-25', 1, sha256('row'), sha256('seal'));
     """,
     "new_keys": "SELECT 1",
+    "ceilings": "SELECT 1",
+    "domains": "UPDATE organisations SET domains = '{example.com}'",
+    "second_factor": """
+        INSERT INTO second_factors (user_id, secret, confirmed_at) VALUES
+            ('00000000-0000-4000-8000-000000000002', 'sealed', now());
+        INSERT INTO recovery_codes (digest, user_id) VALUES
+            (sha256('code'), '00000000-0000-4000-8000-000000000002');
+    """,
     "login": """
         INSERT INTO login_attempts (account, address, failures) VALUES (sha256('a@b'), '192.0.2.1', 3);
         INSERT INTO known_addresses (user_id, address) VALUES ('00000000-0000-4000-8000-000000000002', '192.0.2.1');

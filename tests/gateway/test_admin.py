@@ -17,7 +17,14 @@ from tests.admin.scripted import error
 from tests.gateway.accounts import KEY, LIMITED, ORGANISATION, OWNER, USER, Stage, log_lines, refusal_of, stage
 
 ID = "7b7e6f3e-0000-4000-8000-000000000001"
-NAMES = {"{organisation}": "default", "{user}": "a@example.com", "{key}": ID, "{subject}": f"key:{ID}", "{id}": "m"}
+NAMES = {
+    "{organisation}": "default",
+    "{user}": "a@example.com",
+    "{key}": ID,
+    "{session}": ID,
+    "{subject}": f"key:{ID}",
+    "{id}": "m",
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +132,24 @@ def test_a_credential_for_other_endpoints_is_refused(here: Stage, endpoint: admi
             {"user": "a@example.com", "disabled": True},
         ),
         ("POST", "users/a@example.com/password", None, "ResetPassword", {"user": "a@example.com"}),
+        (
+            "POST",
+            f"users/{ID}/password",
+            {"keys": "revoke"},
+            "ResetPassword",
+            {"user": ID, "keys": "revoke"},
+        ),
+        ("DELETE", f"users/{ID}/second-factor", None, "ResetFactor", {"user": ID}),
+        ("DELETE", f"users/{ID}/sessions", None, "EndSessions", {"user": ID}),
+        ("GET", "sessions?user=a@example.com&limit=7", None, "ListSessions", {"user": "a@example.com", "limit": 7}),
+        ("DELETE", f"sessions/{ID}", None, "EndSession", {"session": ID}),
+        (
+            "PUT",
+            "organisations/default/second-factor",
+            {"role": "admin"},
+            "RequireFactor",
+            {"organisation": "default", "role": "admin"},
+        ),
         ("DELETE", f"users/{ID}", None, "DeleteUser", {"user": ID}),
         (
             "POST",

@@ -14,6 +14,8 @@ from helixflow.core_rs import (
     InvalidCredentials,
     InvalidToken,
     PasswordChangeRequired,
+    SecondFactorMissing,
+    SecondFactorRequired,
     Unavailable,
 )
 from helixflow.gateway import login
@@ -55,16 +57,46 @@ def client(here: Stage) -> Iterator[httpx.Client]:
         yield made
 
 
+def given(here: Stage, method: str) -> dict[str, Any]:
+    """What the one call of this method says."""
+    return {name: value for name, value in here.service.only(f"AuthService/{method}").items() if value}
+
+
 def test_login(here: Stage, client: httpx.Client) -> None:
     body = {"email": "a@example.com", "password": "correct horse"}
     answer = client.post("/auth/v1/login", json=body, headers={"x-forwarded-for": "203.0.113.9"})
     assert answer.status_code == 200
     assert answer.json() == {"token_type": "Bearer", **TOKENS}
     assert answer.headers["cache-control"] == "no-store"
-    assert here.service.only("AuthService/Login") == {**body, "new_password": "", "address": "127.0.0.1"}
+    assert given(here, "Login") == {**body, "address": "127.0.0.1"}
     here.service.calls.clear()
-    client.post("/auth/v1/login", json={**body, "new_password": "battery staple"})
-    assert here.service.only("AuthService/Login")["new_password"] == "battery staple"
+    more = {"new_password": "battery staple", "code": "123456", "keys": "revoke"}
+    here.service.answers["AuthService/Login"] = messages.Tokens(**TOKENS, sessions_ended=2, keys_revoked=1, keys_kept=0)
+    answer = client.post("/auth/v1/login", json={**body, **more})
+    assert given(here, "Login") == {**body, **more, "address": "127.0.0.1"}
+    assert answer.json() == {"token_type": "Bearer", **TOKENS, "sessions_ended": 2, "keys_revoked": 1, "keys_kept": 0}
+
+
+def test_second_factors(here: Stage, client: httpx.Client) -> None:
+    answers = {
+        "EnrolFactor": (messages.FactorSecret(secret="ABC", uri="otpauth://totp/x"), "", ()),
+        "ConfirmFactor": (messages.RecoveryCodes(codes=["a", "b"]), "/confirm", ("code",)),
+        "RemoveFactor": (messages.RemoveFactorReply(), "/remove", ("code",)),
+    }
+    body = {"email": "a@example.com", "password": "SECRET", "code": "123456"}
+    for method, (made, path, needed) in answers.items():
+        here.service.answers[f"AuthService/{method}"] = made
+        with log_lines() as lines:
+            answer = client.post(f"/auth/v1/second-factor{path}", json=body)
+        assert (answer.status_code, answer.json()) == (200, messages.plain(made))
+        assert answer.headers["cache-control"] == "no-store"
+        assert here.service.only(f"AuthService/{method}") == {**body, "address": "127.0.0.1"}
+        assert "SECRET" not in str(lines)
+        assert "123456" not in str(lines)
+        for name in ("email", "password", *needed):
+            less = {key: value for key, value in body.items() if key != name}
+            refused = client.post(f"/auth/v1/second-factor{path}", json=less)
+            assert (refused.status_code, refusal_of(refused)["param"]) == (400, name)
 
 
 def test_refresh(here: Stage, client: httpx.Client) -> None:
@@ -83,7 +115,7 @@ def test_logout(here: Stage, client: httpx.Client) -> None:
         here.service.calls.clear()
         answer = client.post("/auth/v1/logout", json=body, headers=headers)
         assert (answer.status_code, answer.json()) == (200, {})
-        assert here.service.only("AuthService/Logout") == asked
+        assert here.service.only("AuthService/Logout") == {**asked, "address": "127.0.0.1"}
     here.service.calls.clear()
     assert client.post("/auth/v1/logout").status_code == 401
     answer = client.post("/auth/v1/logout", json={"refresh_token": "x", "access_token": "y"})
@@ -173,6 +205,8 @@ def test_only_post(client: httpx.Client, method: str) -> None:
         (error(InvalidCredentials, "e-mail or password are wrong"), 401, "invalid_credentials"),
         (error(AccountLocked, "too many wrong passwords", None, 120), 429, "account_locked"),
         (error(PasswordChangeRequired, "send new_password", "new_password"), 403, "password_change_required"),
+        (error(SecondFactorRequired, "send a code", "code"), 403, "second_factor_required"),
+        (error(SecondFactorMissing, "enrol one"), 403, "second_factor_missing"),
         (error(Unavailable, "10.1.2.3:8502 is away"), 503, "unavailable"),
     ],
 )
@@ -216,9 +250,9 @@ def test_oidc_start(here: Stage, client: httpx.Client) -> None:
     value, *attributes = re.split("; ?", rest)
     assert value == STATE
     assert {"Secure", "HttpOnly", "SameSite=Lax", "Path=/", "Max-Age=600"} == set(attributes)
-    assert here.service.only("AuthService/OidcStart") == {
+    assert given(here, "OidcStart") == {
         "redirect_uri": f"https://localhost:8443{CALLBACK}",
-        "access_token": "",
+        "address": "127.0.0.1",
     }
 
 

@@ -56,6 +56,7 @@ class Site:
     gateways: list[httpx.Client]
     first_login: list[httpx.Response] = field(default_factory=list)
     """What the owner's first two logins answered: with the one-time password, and with a new one."""
+    first_password: str = ""
     people: dict[tuple[str, str], Person] = field(default_factory=dict)
     things: dict[str, str] = field(default_factory=dict)
 
@@ -165,10 +166,12 @@ class Site:
         return self.sql(work)
 
 
-def one_time_password(log: str) -> str:
-    """What the auth-service has printed at its first start."""
-    found = re.findall(r"one-time password\n\n {4}(\S+)\n", log)
-    assert len(found) == 1, log
+def one_time_password(home: Path) -> str:
+    """What the auth-service has left for the owner at its first start."""
+    file = home / "secrets" / "first-password"
+    assert file.stat().st_mode & 0o777 == 0o600
+    found = re.findall(r"^password: (\S+)$", file.read_text(), re.MULTILINE)
+    assert len(found) == 1
     return str(found[0])
 
 
@@ -182,8 +185,9 @@ def settled(platform: Platform) -> Iterator[Site]:
 
 def _settle(site: Site) -> None:
     platform = site.platform
-    password, chosen = one_time_password(platform.auth.text()), "correct horse battery staple"
+    password, chosen = one_time_password(platform.place), "correct horse battery staple"
     body = {"email": OWNER, "password": password}
+    site.first_password = password
     site.first_login = [
         site.send("POST", LOGIN, json=body),
         site.send("POST", LOGIN, json={**body, "new_password": chosen}),

@@ -19,7 +19,6 @@ from .people import (
     REFRESH,
     USERS,
     Site,
-    one_time_password,
     refusal,
 )
 from .stack import Process, context, until
@@ -45,7 +44,8 @@ def test_the_first_owner_has_a_one_time_password_that_must_be_changed(site: Site
     first, second = site.first_login
     assert refusal(first) == (403, "password_change_required")
     tokens_of(second)
-    once = one_time_password(site.platform.auth.text())
+    once = site.first_password
+    assert not (site.platform.place / "secrets" / "first-password").exists(), "it opens nothing any more"
     assert refusal(site.send("POST", LOGIN, json={"email": OWNER, "password": once})) == (401, "invalid_credentials")
     tokens_of(site.login(site.owner))
     rows = site.done("GET", USERS, site.owner.access)["data"]
@@ -55,6 +55,8 @@ def test_the_first_owner_has_a_one_time_password_that_must_be_changed(site: Site
 
 def test_no_secret_is_logged(site: Site) -> None:
     logs = "".join(process.text() for process in (site.platform.auth, *site.platform.gateways))
+    assert site.first_password not in logs
+    assert "secrets/first-password" in logs, "no terminal: the log says where it stands"
     for person in site.people.values():
         assert not [secret for secret in (person.password, person.refresh, person.access) if secret in logs]
 

@@ -105,11 +105,11 @@ def test_forged_tokens(site: Site) -> None:
 # --- roles and organisations -----------------------------------------------------------
 
 LEAST = {
-    "viewer": "ListOrganisations ListKeys ListLimits ListPrices QueryUsage",
+    "viewer": "ListOrganisations ListKeys ListLimits ListPrices QueryUsage ListSessions EndSession EndSessions",
     "member": "CreateKey UpdateKey RotateKey RevokeKey",
-    "admin": "ListUsers CreateUser UpdateUser ResetPassword UnlockUser DeleteUser SetLimits ListRequests GetTexts "
-    "ListAudit",
-    "owner": "",
+    "admin": "ListUsers CreateUser UpdateUser ResetPassword ResetFactor UnlockUser DeleteUser SetLimits ListRequests "
+    "GetTexts ListAudit",
+    "owner": "RequireFactor",
     "installation": "CreateOrganisation UpdateOrganisation SetPrice DeletePrice VerifyLedger AnchorLedger",
 }
 """The least role that may call what; `installation`: owners of the first organisation alone."""

@@ -1,6 +1,7 @@
 """Auth-services that start on an empty database, four at once."""
 
 import re
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,12 +43,34 @@ def test_four_at_once_apply_each_migration_once_and_make_one_owner(certs: Path, 
             database.stop()
 
 
+def test_a_start_that_fails_later_loses_no_password(certs: Path) -> None:
+    with folder() as place, socket.create_server(("127.0.0.1", 0)) as taken:
+        environ = environment(certs, place, **SCRIPTED) | {"HELIX_DATABASE_DIRECTORY": str(place / "postgres")}
+        database = Process(("db", "run"), environ, place / "database.log").start()
+        try:
+            listen = {"HELIX_AUTH_LISTEN": f"127.0.0.1:{taken.getsockname()[1]}"}
+            with pytest.raises(AssertionError, match="cannot start"):
+                Process(("auth",), environ | listen, place / "failed.log").start()
+            password = one_time_password(place)
+            first = Process(("auth",), environ | {"HELIX_AUTH_LISTEN": "127.0.0.1:0"}, place / "auth.log").start()
+            first.stop()
+            assert one_time_password(place) == password, "it is still valid"
+            for log, told in ((place / "failed.log", 0), (first.log, 1)):
+                text = log.read_text()
+                assert text.count("first-password") == told
+                assert password not in text
+        finally:
+            database.stop()
+
+
 def check(platform: Platform, services: list[Process]) -> None:
     """Each thing was made once, and all services serve."""
     logs = "".join(service.text() for service in services)
     numbers = [each.number for each in migrate.read()]
     assert sorted(map(int, re.findall(r'"number":(\d+).*"migration applied"', logs))) == numbers
-    assert len(one_time_password(logs)) == 24, "one of them has made the owner"
+    password = one_time_password(platform.place)
+    assert len(password) == 24, "one of them has made the owner"
+    assert password not in logs
     site = Site(platform, [])
     assert site.value("SELECT array_agg(number ORDER BY number) FROM migrations") == numbers
     assert site.value("SELECT array_agg(email) FROM users") == [OWNER]

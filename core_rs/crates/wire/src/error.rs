@@ -34,6 +34,10 @@ pub enum Code {
     PermissionDenied,
     /// The password was made for one use; a new one must be set.
     PasswordChangeRequired,
+    /// The password is right; a code of the second factor is needed too.
+    SecondFactorRequired,
+    /// The organisation asks for a second factor, and the user has none yet.
+    SecondFactorMissing,
     /// No such model.
     ModelNotFound,
     /// No such resource.
@@ -128,6 +132,8 @@ rows! {
     InvalidCredentials "invalid_credentials" 401 Unauthenticated "authentication_error" false;
     PermissionDenied "permission_denied" 403 PermissionDenied "permission_error" false;
     PasswordChangeRequired "password_change_required" 403 PermissionDenied "permission_error" false;
+    SecondFactorRequired "second_factor_required" 403 PermissionDenied "permission_error" false;
+    SecondFactorMissing "second_factor_missing" 403 PermissionDenied "permission_error" false;
     ModelNotFound "model_not_found" 404 NotFound "invalid_request_error" false;
     NotFound "not_found" 404 NotFound "invalid_request_error" false;
     Conflict "conflict" 409 AlreadyExists "invalid_request_error" false;
