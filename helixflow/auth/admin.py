@@ -11,6 +11,7 @@ from helixflow.auth.desk import Desk, Handler, filled, listed, optional
 from helixflow.auth.passwords import Passwords, one_time
 from helixflow.auth.pepper import Pepper
 from helixflow.auth.records import Content, User
+from helixflow.auth.refusals import Refusals
 from helixflow.auth.signing import Signer
 from helixflow.db.pool import Pool
 from helixflow.ledger.proof import Proof
@@ -47,7 +48,9 @@ class AdminHandlers:
         self._one_time_s = one_time_s
         self._pepper = pepper
         self._passwords = hashes
-        self._desk = Desk(pool, pepper, signer, development=development)
+        self.refused = Refusals(pool)
+        """Acts that were refused; `run` of it must be running."""
+        self._desk = Desk(pool, pepper, signer, self.refused, development=development)
         proof = Proof(pool, sealer or Sealer(pool, pepper.ledger_key()))
         self._usage = UsageMethods(self._desk, proof, currency)
 

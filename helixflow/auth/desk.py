@@ -9,6 +9,7 @@ from helixflow.auth import principals
 from helixflow.auth.actors import Actor, holder, operator
 from helixflow.auth.organisations import Page
 from helixflow.auth.pepper import Pepper
+from helixflow.auth.refusals import Refusals
 from helixflow.auth.signing import Signer
 from helixflow.core_rs import InvalidRequest, PermissionDenied
 from helixflow.db.pool import Pool
@@ -25,8 +26,9 @@ Handler = Callable[[Any, Caller], Awaitable[Any]]
 class Desk:
     """Opens the transaction that an administrative act and its audit row happen in."""
 
-    def __init__(self, pool: Pool, pepper: Pepper, signer: Signer, *, development: bool) -> None:
-        """`development`: keys of that profile are known."""
+    def __init__(self, pool: Pool, pepper: Pepper, signer: Signer, refused: Refusals, *, development: bool) -> None:
+        """`development`: keys of that profile are known. `refused`: where refusals are noted."""
+        self._refusals = refused
         self._pool = pool
         self._pepper = pepper
         self._signer = signer
@@ -38,10 +40,16 @@ class Desk:
 
         Raises PermissionDenied, InvalidToken or InvalidApiKey.
         """
-        async with self._pool.acquire() as connection, connection.transaction():
-            actor = await self._actor(connection, request.actor, caller)
-            actor.allow(method)
-            yield connection, actor
+        actor: Actor | None = None
+        try:
+            async with self._pool.acquire() as connection, connection.transaction():
+                actor = await self._actor(connection, request.actor, caller)
+                actor.allow(method)
+                yield connection, actor
+        except PermissionDenied:
+            if actor is not None:
+                await self._refusals.note(f"{method}.refused", actor.name, actor.address, actor.organisation_id)
+            raise
 
     async def _actor(self, connection: Any, claimed: Any, caller: Caller) -> Actor:
         """The actor: by the certificate the operator, or the holder of the credential that a gateway passes on.

@@ -2,7 +2,7 @@
 
 from helixflow.auth import audit, factors, fields, sessions, throttle
 from helixflow.auth.actors import anonymous
-from helixflow.auth.factors import Factors, Secret
+from helixflow.auth.factors import Enrolment, Factors
 from helixflow.auth.login import Login, Proven
 from helixflow.auth.passwords import Passwords
 from helixflow.auth.refusals import Refusals
@@ -35,7 +35,7 @@ class FactorLogin:
         self._throttle = rules
         self._refusals = refused
 
-    async def enrol(self, email: str, password: str, code: str, address: str) -> Secret:
+    async def enrol(self, email: str, password: str, code: str, address: str) -> Enrolment:
         """A new secret, which counts once it is confirmed. `code`: of the factor there is. Raises
         PasswordChangeRequired for a one-time password.
         """

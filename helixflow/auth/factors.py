@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -50,11 +50,11 @@ _RECOVERY = re.compile(r"[a-z2-7]{16}")
 
 
 @dataclass(frozen=True, slots=True)
-class Secret:
+class Enrolment:
     """A new factor, for the authenticator: base32, and a URI for the QR code."""
 
-    secret: str
-    uri: str
+    secret: str = field(repr=False)
+    uri: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Factors:
         self._issuer = issuer
         self._clock = clock
 
-    async def enrol(self, connection: Any, user_id: UUID, email: str) -> Secret:
+    async def enrol(self, connection: Any, user_id: UUID, email: str) -> Enrolment:
         """A new secret, which does not count before it is confirmed; another one that was not is forgotten."""
         secret = secrets.token_bytes(SECRET_BYTES)
         await connection.execute(
@@ -85,7 +85,7 @@ class Factors:
             self._seal(user_id, secret),
         )
         uri = _totp(secret).get_provisioning_uri(email, self._issuer)
-        return Secret(base64.b32encode(secret).decode(), uri)
+        return Enrolment(base64.b32encode(secret).decode(), uri)
 
     async def confirm(self, connection: Any, user_id: UUID, code: str) -> list[str] | None:
         """Puts the new secret in the place of the old one. Returns new recovery codes; None when the code is wrong.

@@ -1,4 +1,4 @@
-"""Refused logins in the audit log: the first of each kind at once, what follows within the minute as one row.
+"""Refused logins and acts in the audit log: the first of each kind at once, what follows within the minute as one row.
 
 Whoever floods the login fills a bounded memory and a bounded number of rows, not the log.
 """

@@ -75,17 +75,18 @@ DELETE FROM known_addresses WHERE user_id = $1 AND address IN
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """One of the counts that an attempt adds to. `free`: attempts without a pause; `longest_s`: the longest pause."""
+    """One of the counts that an attempt adds to. `free`: attempts without a pause; then the first and longest pause."""
 
     account: bytes
     address: str
     free: int
+    first_s: float
     longest_s: float
 
     def pause_s(self, failures: int) -> float:
         """How long the next attempt has to wait after this many failures (seconds)."""
         beyond = failures - self.free
-        return 0.0 if beyond <= 0 else min(self.longest_s, 2.0 ** min(beyond - 1, 30))
+        return 0.0 if beyond <= 0 else min(self.longest_s, self.first_s * 2.0 ** min(beyond - 1, 30))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +95,18 @@ class Throttle:
 
     free: int
     free_per_address: int
+    first_s: float
     longest_s: float
 
     @classmethod
     def of(cls, options: AuthConfig) -> "Throttle":
         """As configured."""
-        return cls(options.login_free_attempts, options.login_free_per_address, options.login_delay_max_s)
+        return cls(
+            options.login_free_attempts,
+            options.login_free_per_address,
+            options.login_delay_s,
+            options.login_delay_max_s,
+        )
 
     async def attempt(self, connection: Any, email: str, address: str, *, known: bool) -> None:
         """Counts one attempt, in the caller's transaction. `known`: the user has logged in from there before.
@@ -108,15 +115,15 @@ class Throttle:
         """
         account, client = subject(email), place(address)
         longest_s = min(self.longest_s, KNOWN_DELAY_S) if known else self.longest_s
-        counts = [Count(account, client, self.free, longest_s)]
+        counts = [Count(account, client, self.free, self.first_s, longest_s)]
         if not known:
-            counts.append(Count(b"", client, self.free_per_address, self.longest_s))
-            counts.append(Count(account, "", ACCOUNT_FREE, min(self.longest_s, ACCOUNT_DELAY_S)))
+            counts.append(Count(b"", client, self.free_per_address, self.first_s, self.longest_s))
+            counts.append(Count(account, "", ACCOUNT_FREE, self.first_s, min(self.longest_s, ACCOUNT_DELAY_S)))
         await _count(connection, counts)
 
     async def code(self, connection: Any, email: str) -> None:
         """Counts a code of a second factor, whose sender knows the password: from wherever. Raises AccountLocked."""
-        await _count(connection, [Count(subject(email), CODE, self.free, self.longest_s)])
+        await _count(connection, [Count(subject(email), CODE, self.free, self.first_s, self.longest_s)])
 
 
 async def _count(connection: Any, counts: list[Count]) -> None:

@@ -40,8 +40,11 @@ class AuthConfig:
         "to wait",
         check=between(1, 1_000_000),
     )
+    login_delay_s: float = option(
+        1.0, "first pause between wrong passwords; it doubles with each further one (seconds)", check=between(0.1, 3600)
+    )
     login_delay_max_s: float = option(
-        900.0, "longest pause between wrong passwords; it begins at 1 and doubles (seconds)", check=between(1, 86_400)
+        900.0, "longest pause between wrong passwords (seconds)", check=between(1, 86_400)
     )
     one_time_ttl_s: int = option(
         259_200,

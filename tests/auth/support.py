@@ -131,7 +131,8 @@ class World:
 @contextlib.asynccontextmanager
 async def world(target: Target, pki: Layout, **options: Any) -> AsyncIterator[World]:
     """A database after its first start."""
-    chosen = replace(AuthConfig(), **options)
+    # Pauses that no slow machine sits out.
+    chosen = replace(AuthConfig(login_delay_s=100.0), **options)
     audit.seal_with(SealKeys.of(SECRET.ledger_key()).audit)
     pool = await Pool.open(DatabaseConfig(), target, name="test")
     passwords = Passwords(chosen.password_checks, CHEAP)

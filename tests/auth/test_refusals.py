@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from helixflow.auth import refusals
-from helixflow.core_rs import CoreError
+from helixflow.core_rs import CoreError, PermissionDenied
 from helixflow.db.target import Target
 from helixflow.pki.layout import Layout
 
+from .office import office
 from .support import World, run, world
 
 HOME = "192.0.2.1"
@@ -110,5 +111,24 @@ def test_what_could_not_be_written_is_kept(target: Target, pki: Layout, monkeypa
                 ("ann@example.com", 1),
                 ("bob@example.com", 1),
             ]
+
+    run(test())
+
+
+def test_acts_that_are_refused_are_written_down_too(target: Target, pki: Layout) -> None:
+    async def test() -> None:
+        async with office(target, pki) as o:
+            for _ in range(5):
+                with pytest.raises(PermissionDenied):
+                    await o.call("member", "CreateUser", email="x@example.com", role="member")
+            with pytest.raises(PermissionDenied):
+                await o.call("admin", "ResetPassword", user="owner@example.com")
+            rows = await o.w.rows("SELECT * FROM audit_log WHERE action LIKE '%.refused' ORDER BY id")
+            assert [(row["action"], row["actor"], row["address"]) for row in rows] == [
+                ("CreateUser.refused", "member@example.com", "10.0.0.1"),
+                ("ResetPassword.refused", "admin@example.com", "10.0.0.1"),
+            ]
+            home = await o.w.value("SELECT id FROM organisations WHERE first")
+            assert {row["organisation_id"] for row in rows} == {home}
 
     run(test())

@@ -40,18 +40,20 @@ async def later(w: World, seconds: float) -> None:
 
 def test_wrong_passwords_make_the_next_attempt_wait_longer_each_time(each: Target, pki: Layout) -> None:
     async def test() -> None:
-        async with world(each, pki, login_free_attempts=3, login_delay_max_s=8.0) as w:
+        async with world(each, pki, login_free_attempts=3, login_delay_max_s=800.0) as w:
             await w.user(ANN)
             for email in (ANN, "nobody@example.com"):
                 assert [await attempt(w, STRANGER, email=email) for _ in range(4)] == ["invalid_credentials"] * 4
-                for pause in (1, 2, 4, 8, 8, 8):
-                    with pytest.raises(AccountLocked, match=rf"try again in {pause} s") as caught:
+                for pause in (100, 200, 400, 800, 800, 800):
+                    with pytest.raises(AccountLocked, match=r"try again in \d+ s") as caught:
                         await w.login.login(email, PASSWORD, "", STRANGER)
-                    assert (caught.value.retry_after_s, caught.value.http_status) == (pause, 429)
+                    assert caught.value.retry_after_s is not None
+                    assert pause - 50 < caught.value.retry_after_s <= pause
+                    assert caught.value.http_status == 429
                     await later(w, pause)
                     assert await attempt(w, STRANGER, email=email) == "invalid_credentials"
             # Whoever knows the password gets in when the pause is over, and starts anew.
-            await later(w, 8)
+            await later(w, 800)
             assert await attempt(w, STRANGER, PASSWORD) == "in"
             assert [await attempt(w, STRANGER) for _ in range(4)] == ["invalid_credentials"] * 4
 
@@ -98,7 +100,8 @@ def test_a_stranger_beside_a_user_makes_them_wait_a_minute_at_most(target: Targe
             await attempt(w, HOME)
             with pytest.raises(AccountLocked) as caught:
                 await w.login.login(ANN, PASSWORD, "", HOME)
-            assert caught.value.retry_after_s == throttle.KNOWN_DELAY_S
+            assert caught.value.retry_after_s is not None
+            assert throttle.KNOWN_DELAY_S - 30 < caught.value.retry_after_s <= throttle.KNOWN_DELAY_S
             # What became of the address for others does not matter to who is known there.
             for number in range(40):
                 await attempt(w, HOME, email=f"nobody{number}@example.com")
@@ -116,7 +119,6 @@ def test_guesses_at_once_are_no_more_than_one_after_another(target: Target, pki:
             found = await asyncio.gather(*(attempt(w, STRANGER) for _ in range(8)))
             assert sorted(found) == ["account_locked"] * 4 + ["invalid_credentials"] * 4
             # From many addresses at once: what may be guessed of one account is bounded as well.
-            w.passwords._turns._places = 100
             many = await asyncio.gather(*(attempt(w, f"203.0.113.{number}") for number in range(100)))
             assert many.count("invalid_credentials") == throttle.ACCOUNT_FREE + 1 - 4
             # Attempts whose process died before they were judged count as well.
@@ -249,7 +251,7 @@ def test_the_table_holds_no_names(target: Target, pki: Layout) -> None:
 
 @given(st.integers(1, 100), st.floats(1, 86_400), st.integers(0, 10_000))
 def test_pauses_grow_up_to_the_longest(free: int, longest_s: float, failures: int) -> None:
-    count = Count(b"", "", free, longest_s)
+    count = Count(b"", "", free, 1.0, longest_s)
     pause, following = count.pause_s(failures), count.pause_s(failures + 1)
     assert 0 <= pause <= following <= longest_s
     assert (pause == 0) == (failures <= free)

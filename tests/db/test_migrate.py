@@ -280,8 +280,7 @@ DATA = {
         INSERT INTO ledger_days (day, sequence, hash, seal) VALUES ('2026-11-25', 1, sha256('row'), sha256('seal'));
     """,
     "new_keys": "SELECT 1",
-    "ceilings": "SELECT 1",
-    "domains": "UPDATE organisations SET domains = '{example.com}'",
+    "oidc_ties": "SELECT 1",
     "second_factor": """
         INSERT INTO second_factors (user_id, secret, confirmed_at) VALUES
             ('00000000-0000-4000-8000-000000000002', 'sealed', now());
