@@ -6,7 +6,9 @@ import resource
 from collections.abc import Iterable
 from pathlib import Path
 
-CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND = 0, 1, 3, 5, 6, 7, 10
+CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_NET_BIND = (
+    *(0, 1, 3, 5, 6, 7, 8, 10),
+)
 """Numbers of capabilities (capabilities(7))."""
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
@@ -43,6 +45,13 @@ def forbid_core_dumps() -> None:
 def forbid_new_privileges() -> None:
     """No program that this process runs gains rights any more: set-uid bits and file capabilities count for nothing."""
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def permitted() -> frozenset[int]:
+    """The capabilities that this process can use."""
+    lines = Path("/proc/self/status").read_text("ascii", "replace").splitlines()
+    [mask] = [int(line.split()[1], 16) for line in lines if line.startswith("CapPrm:")]
+    return frozenset(number for number in range(64) if mask >> number & 1)
 
 
 def drop_bounding(keep: Iterable[int]) -> None:

@@ -26,13 +26,17 @@ def main() -> None:
 
 def become(plan: Plan) -> None:
     """Gives up what the plan does not leave. Raises OSError."""
-    kernel.drop_bounding(plan.capabilities)
+    had = kernel.permitted()
+    keep = had.intersection(plan.capabilities)
+    if kernel.CAP_SETPCAP in had:
+        # Without it, in a container of few rights, these few stay possible for root's programs, and for nobody else's.
+        kernel.drop_bounding(keep)
     if plan.uid:
-        kernel.keep_over_setuid(bool(plan.capabilities))
+        kernel.keep_over_setuid(bool(keep))
         os.setgroups(plan.groups)
         os.setresgid(plan.gid, plan.gid, plan.gid)
         os.setresuid(plan.uid, plan.uid, plan.uid)
-    kernel.set_capabilities(plan.capabilities)
+    kernel.set_capabilities(keep)
     kernel.forbid_new_privileges()
 
 

@@ -80,8 +80,10 @@ async def _apart(service: str, config: Config, environ: dict[str, str], account:
     made = _settled(dict(environ), account, plan)
     _move_in(service, config, account, made)
     reason = await _probe(made, [f"{mode}:{path}" for mode, path in wanted])
-    if reason:
+    if reason.startswith("/"):
         raise ConfinementError(f"{account.name} cannot use {reason}: let it be read, or move it to where it can be")
+    if reason:
+        raise ConfinementError(f"{account.name} cannot run HelixFlow here: {reason}")
     return made
 
 

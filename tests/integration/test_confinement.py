@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from helixflow.confine.account import SERVICES, Account
+from helixflow.confine.account import ROOT, SERVICES, Account
 from helixflow.confine.belongings import software
 from helixflow.confine.plan import PLAN, Plan
 from helixflow.process import PARENT_PID
@@ -264,6 +264,46 @@ def test_started_by_somebody_else_services_have_no_way_up_either(certs: Path, pl
             assert said["Uid"].split() == ["61998"] * 4
             assert (said["NoNewPrivs"], said["Seccomp"]) == ("1", "2")
             assert "s3cret" not in environ(served.child(name))
+        served.popen.send_signal(signal.SIGTERM)
+        assert served.popen.wait(30) == 0
+    finally:
+        served.popen.kill()
+        served.popen.communicate(timeout=20)
+
+
+CONTAINER = (0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31)
+"""Capabilities that Docker leaves to root: no mounts."""
+
+
+@pytest.mark.parametrize("rights", [CONTAINER, tuple(set(CONTAINER) - {8})], ids=["container", "without SETPCAP"])
+def test_in_a_container_it_serves_as_far_apart_as_it_may(
+    own: Path, place: Path, tmp_path: Path, rights: tuple[int, ...]
+) -> None:
+    """Without mounts, services whose software lies where only root may go stay root, with nothing of its rights."""
+    given = environment(own, place / "home", **SCRIPTED, HELIX_GATEWAY_ACCOUNTS="true")
+    given |= {
+        "HELIX_AUTH_LISTEN": "127.0.0.1:0",
+        "HELIX_DATABASE_DIRECTORY": str(place / "postgres"),
+        PLAN: Plan.of(ROOT, rights).dumps(),
+        PARENT_PID: str(os.getpid()),
+    }
+    with (tmp_path / "serve.log").open("ab") as output:
+        served = Served(given, stderr=output, launcher=("helixflow.confine.launch",))
+    try:
+        served.until_ready()
+        until(lambda: answers(served, own), "it serves", 30)
+        closed = Account.of("gateway", FIRST).closed(Path(sys.base_prefix).resolve() / "x") is not None
+        for name, pid in pids(served).items():
+            said = status(pid)
+            uid = UIDS["gateway" if name == "worker" else name]
+            # The certificates are copied either way; the state is where everybody may go.
+            assert said["Uid"].split()[0] == str(0 if closed else uid)
+            if 8 in rights:
+                assert {said[each] for each in CAPABILITIES} == {"0" * 16}
+            assert said["NoNewPrivs"] == "1"
+        told = lines(tmp_path, "service keeps the account root, without its capabilities")
+        assert {line["name"] for line in told} == (set(UIDS) if closed else set())
+        assert all("Operation not permitted" in line["reason"] for line in told)
         served.popen.send_signal(signal.SIGTERM)
         assert served.popen.wait(30) == 0
     finally:
