@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from helixflow.config import PACKAGE, UNSET, Config, model_of
-from helixflow.confine.account import SERVICES, Account
+from helixflow.confine.account import SERVICES, Account, ConfinementError
+from helixflow.confine.copies import NAMES
 from helixflow.confine.probe import READ, WRITE
 from helixflow.engine.manifest import MANIFEST
 from helixflow.engine.store import SELFTEST, WORK, model_name
@@ -31,7 +32,8 @@ def software() -> list[Path]:
 
 def needed(service: str, config: Config) -> list[Needed]:
     """What a service reads and writes beside its own folder; all of it exists once `hand_over` has run."""
-    found: list[Needed] = []
+    file = log_file(service, config)
+    found: list[Needed] = [] if file is None else [(WRITE, file if file.exists() else file.parent)]
     if service == "gateway" and config.gateway.accounts:
         found.append((WRITE, _absolute(config.ledger.spool)))
     if service == "auth":
@@ -47,6 +49,15 @@ def needed(service: str, config: Config) -> list[Needed]:
     return found
 
 
+def log_file(service: str, config: Config) -> Path | None:
+    """Where a service writes its log, unless to standard error. Raises ConfinementError when all share one file."""
+    if config.log.file == UNSET:
+        return None
+    if "{service}" not in str(config.log.file):
+        raise ConfinementError("one log.file for all: write {service} in its name, so that each has its own")
+    return _absolute(Path(str(config.log.file).replace("{service}", NAMES[service])))
+
+
 def hand_over(service: str, config: Config, account: Account) -> None:
     """Makes the folders of a service and gives them to its account. Raises OSError."""
     mine = frozenset({0, account.uid, *range(config.supervise.first_uid, config.supervise.first_uid + len(SERVICES))})
@@ -57,6 +68,12 @@ def hand_over(service: str, config: Config, account: Account) -> None:
     os.chown(folder, 0, account.gid)
     _folder(folder / "home", 0o700)
     give(folder / "home", account, mine)
+    file = log_file(service, config) if "{service}" in str(config.log.file) else None
+    if file is not None:
+        # A folder that we make is one in which each may have files, and remove its own alone.
+        _folder(file.parent, 0o1777)
+        if file.exists():
+            give(file, account, mine)
     if service == "gateway" and config.gateway.accounts:
         _folder(_absolute(config.ledger.spool), 0o700)
         give(_absolute(config.ledger.spool), account, mine)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helixflow.config import SECTIONS, Config
+from helixflow.secret import Secret
 
 PARTS = {
     "gateway": ("log", "gateway", "limits", "ledger", "supervise"),
@@ -58,8 +59,8 @@ def options(service: str, config: Config) -> dict[str, str]:
 
 
 def is_secret(field: Any) -> bool:
-    """Whether an option is a secret: one that says so, or whose value shows itself to nobody."""
-    return bool(field.metadata.get("secret")) or hasattr(field.default, "reveal")
+    """Whether the value of an option shows itself to nobody."""
+    return isinstance(field.default, Secret)
 
 
 def _option(config: Config, section: str, name: str) -> dict[str, str]:
@@ -71,8 +72,8 @@ def _option(config: Config, section: str, name: str) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    if hasattr(value, "reveal"):
-        return str(value.reveal())
+    if isinstance(value, Secret):
+        return value.reveal()
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

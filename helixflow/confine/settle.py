@@ -11,9 +11,10 @@ from helixflow.config import Config
 from helixflow.confine import kernel
 from helixflow.confine.account import ROOT, Account, ConfinementError
 from helixflow.confine.belongings import hand_over, home_of, needed, software
-from helixflow.confine.copies import Copies
+from helixflow.confine.copies import NAMES, Copies
 from helixflow.confine.environment import general, options
 from helixflow.confine.plan import PLAN, Plan
+from helixflow.errors import StartError
 from helixflow.options import Address
 from helixflow.pki.layout import Layout
 from helixflow.process import PARENT_PID
@@ -46,7 +47,10 @@ class Settled:
 
 
 async def settle(service: str, config: Config) -> Settled:
-    """Prepares what a service needs: environment, and for root an account, folders and certificates of its own."""
+    """Prepares what a service needs: environment, and for root an account, folders and certificates of its own.
+
+    Raises StartError when its folders cannot be made.
+    """
     environ = {**general(service), **options(service, config)}
     if os.geteuid() != 0:
         return Settled(environ)
@@ -57,7 +61,11 @@ async def settle(service: str, config: Config) -> Settled:
     except (ConfinementError, OSError) as error:
         logger.warning("service keeps the account root, without its capabilities", name=service, reason=str(error))
     made = _settled(environ, ROOT, Plan.of(ROOT, _capabilities(service, config)))
-    _move_in(service, config, ROOT, made)
+    try:
+        _move_in(service, config, ROOT, made)
+    except OSError as error:
+        where = error.filename or config.home
+        raise StartError(f"{where}, for the {NAMES[service]}, cannot be used: {error.strerror or error}") from error
     return made
 
 

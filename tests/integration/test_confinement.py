@@ -219,15 +219,19 @@ def test_where_an_account_cannot_reach_root_stays_without_capabilities(
     assert {status(pid)["CapEff"] for pid in pids(again).values()} == {"0" * 16}
 
 
-def test_a_port_for_the_privileged(serve: Start, own: Path) -> None:
-    port = free_port(range(700, 1000))
-    served = serve(HELIX_GATEWAY_LISTEN=f"127.0.0.1:{port}").until_ready()
+def test_a_port_for_the_privileged_and_a_log_of_its_own(serve: Start, own: Path, place: Path) -> None:
+    port, logs = free_port(range(700, 1000)), place / "logs"
+    served = serve(HELIX_GATEWAY_LISTEN=f"127.0.0.1:{port}", HELIX_LOG_FILE=f"{logs}/{{service}}.log").until_ready()
     until(lambda: answers(served, own), "it serves", 30)
     assert served.url.endswith(f":{port}")
     for pid in (pids(served)["gateway"], pids(served)["worker"]):
         said = status(pid)
         assert said["Uid"].split() == [str(UIDS["gateway"])] * 4
         assert {said[each] for each in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}, "given back once bound"
+    names = {"api-gateway": "gateway", "auth-service": "auth", "inference-pool": "pool"}
+    assert {name: (logs / f"{name}.log").stat().st_uid for name in names} == {
+        name: UIDS[service] for name, service in names.items()
+    }
 
 
 def free_port(ports: range) -> int:
