@@ -16,7 +16,7 @@ PARTS = {
     "database": ("log", "database", "supervise"),
 }
 """Sections that a service reads."""
-SINGLE = {"auth": (("gateway", "key_grace_s"),)}
+SINGLE = {"auth": (("gateway", "key_grace_s"),), "gateway": (("auth", "public_url"),)}
 """Options that it reads from sections that are not its own."""
 SECRETS = {"auth": (("auth", "oidc_client_secret"), ("database", "url"), ("limits", "redis_url"))}
 """Secret options that a service gets; no other service gets any."""

@@ -88,8 +88,11 @@ def serve(own: Path, place: Path, tmp_path: Path) -> Iterator[Start]:
 
     yield start
     for served in started:
+        family = served.family()
         served.popen.kill()
         served.popen.communicate(timeout=20)
+        # PostgreSQL takes a moment, and its files are removed next.
+        until(lambda family=family: not any(alive(pid) for pid in family), "nothing is left running", 30)
 
 
 def pids(served: Served) -> dict[str, int]:
@@ -221,6 +224,8 @@ def test_where_an_account_cannot_reach_root_stays_without_capabilities(
 
 def test_a_port_for_the_privileged_and_a_log_of_its_own(serve: Start, own: Path, place: Path) -> None:
     port, logs = free_port(range(700, 1000)), place / "logs"
+    logs.mkdir()
+    logs.chmod(0o1777)
     served = serve(HELIX_GATEWAY_LISTEN=f"127.0.0.1:{port}", HELIX_LOG_FILE=f"{logs}/{{service}}.log").until_ready()
     until(lambda: answers(served, own), "it serves", 30)
     assert served.url.endswith(f":{port}")
