@@ -58,10 +58,15 @@ def test_an_expired_key_is_not_known() -> None:
     assert made.find(b"a") is None
 
 
-@pytest.mark.parametrize("event", [f"key:{KEY}", f"user:{USER}", f"organisation:{ORGANISATION}", RESYNC])
+PARENT, PARENTS_USER = f"key:{uuid.UUID(int=4)}", f"user:{uuid.UUID(int=5)}"
+
+
+@pytest.mark.parametrize(
+    "event", [f"key:{KEY}", f"user:{USER}", f"organisation:{ORGANISATION}", PARENT, PARENTS_USER, RESYNC]
+)
 def test_a_change_is_forgotten_at_once(event: str) -> None:
     made, _ = memory()
-    made.keep(b"a", FOUND, made.generation)
+    made.keep(b"a", replace(FOUND, depends_on=(PARENT, PARENTS_USER)), made.generation)
     key, user, organisation = (uuid.UUID(int=number) for number in (7, 8, 9))
     other = replace(FOUND, key_id=key, user_id=user, organisation_id=organisation)
     made.keep(b"b", other, made.generation)

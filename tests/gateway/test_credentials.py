@@ -205,12 +205,20 @@ def test_an_unknown_key_is_not_served_while_nobody_can_tell() -> None:
     check(case)
 
 
+PARENT_ID, PARENTS_USER_ID = str(uuid.UUID(int=5)), str(uuid.UUID(int=6))
+
+
 @pytest.mark.parametrize(
-    ("kind", "identifier"), [("key", KEY_ID), ("user", USER_ID), ("organisation", ORGANISATION_ID)]
+    ("kind", "identifier"),
+    [
+        *(("key", KEY_ID), ("user", USER_ID), ("organisation", ORGANISATION_ID)),
+        # Of the key that made it.
+        *(("key", PARENT_ID), ("user", PARENTS_USER_ID)),
+    ],
 )
 def test_a_change_is_heard(kind: str, identifier: str) -> None:
     async def case(script: Script, store: Credentials, clock: Clock) -> None:
-        script.add(KEY)
+        script.add(KEY, depends_on=[f"key:{PARENT_ID}", f"user:{PARENTS_USER_ID}"])
         script.add(
             OTHER, key_id=str(uuid.UUID(int=9)), user_id=str(uuid.UUID(int=8)), organisation_id=str(uuid.UUID(int=7))
         )

@@ -297,8 +297,9 @@ def test_the_public_url_is_the_configured_one(pki: Layout, tmp_path: Path) -> No
 
 def test_an_account_is_tied_with_its_password(here: Stage, client: httpx.Client) -> None:
     """A token alone would let whoever has stolen it keep the account."""
-    answer = client.post("/auth/v1/oidc/link", json={"email": "a", "password": "b"})
+    answer = client.post("/auth/v1/oidc/link", json={"email": "a", "password": "b", "code": "123456"})
     assert answer.status_code == 200
+    assert here.service.only("AuthService/Login")["code"] == "123456"
     assert answer.json() == {"url": "https://provider.example/authorize?state=x"}
     assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["set-cookie"].startswith(f"{login.STATE_COOKIE}={STATE};")
