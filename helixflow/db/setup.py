@@ -133,6 +133,8 @@ async def _hand_over(connection: Any, service: Target, owner: Target, done: list
         return
     for role in (service.user, owner.user):
         await _join(connection, role)
+    # First: the new owner must be allowed to make things there, in whatever order the server takes the rest.
+    await connection.execute(f"ALTER SCHEMA helixflow OWNER TO {quoted(owner.user)}")
     await connection.execute(f"REASSIGN OWNED BY {quoted(service.user)} TO {quoted(owner.user)}")
     done.append(f"what {service.user} owned belongs to {owner.user} now")
 

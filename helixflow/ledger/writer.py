@@ -237,9 +237,12 @@ def _refuse_late(rows: Mapping[bytes, Row], heads: Mapping[date, Head]) -> None:
 
     Raises InvalidRequest, so that its gateway sets it aside.
     """
+    dropped = {day for day, head in heads.items() if head.dropped_sequence}
+    if not dropped:
+        return
     for row in rows.values():
         day = day_of(row.at_us)
-        if heads[day].dropped_sequence:
+        if day in dropped:
             message = (
                 f"The rows of {day} were dropped (ledger.keep_months): whether this one was among them is unknown."
             )

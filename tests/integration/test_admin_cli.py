@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from helixflow.ledger.record import encode
+from helixflow.ledger.rejected import Rejected
+from tests.ledger.support import row as made_row
+
 from .people import MODEL, Site, refusal
 from .stack import until
 
@@ -149,3 +153,38 @@ def test_an_altered_row_is_found(site: Site, column: str) -> None:
     finally:
         change(-1)
     assert site.platform.json("audit", "verify")["ok"], "nothing else was wrong"
+
+
+def test_an_anchor_is_compared_later(site: Site, tmp_path: Path) -> None:
+    shipped(site, site.chat(site.key().secret))
+    anchor = tmp_path / "anchor.json"
+    site.platform.run("audit", "anchor", "--out", str(anchor))
+    shipped(site, site.chat(site.key().secret))
+    whole = site.platform.json("audit", "verify", "--anchor", str(anchor))
+    assert (whole["ok"], whole["faults"]) == (True, [])
+    assert whole["entries"] >= 2, "the keys that were made"
+    touched = tmp_path / "touched.json"
+    touched.write_text(anchor.read_text().replace('"audit": [', '"audit": [1'))
+    site.platform.run("audit", "verify", "--anchor", str(touched), status=1)
+    # The services own nothing of what they write.
+    owned = "SELECT count(*) FROM pg_class WHERE pg_get_userbyid(relowner) = 'helixflow_service'"
+    assert site.value(owned) == 0
+    by = "SELECT DISTINCT usename::text FROM pg_stat_activity WHERE application_name LIKE 'helixflow auth-service%'"
+    assert site.value(by) == "helixflow_service"
+
+
+def test_refused_records_are_sent_again_once(site: Site) -> None:
+    root = Path(site.platform.environ["HELIX_HOME"]) / "spool"
+    root.mkdir(exist_ok=True)
+    rejected = Rejected(root, 1 << 20)
+    one = made_row()
+    for _ in range(2):
+        rejected.add("00000000-0000-0000-0000-00000000000a", encode(one), "no")
+    rejected.add("00000000-0000-0000-0000-00000000000a", b"nonsense", "no")
+    for sent in (2, 0):
+        done = json.loads(site.platform.run("ledger", "resend", "--json", status=1))
+        assert done == {"sent": sent, "refused": 1, "unreadable": 0}
+    count = "SELECT count(*) FROM requests WHERE request_id = $1"
+    assert site.value(count, one.request_id) == 1
+    (root / "rejected.log").unlink()
+    assert "sent 0" in site.platform.run("ledger", "resend")
