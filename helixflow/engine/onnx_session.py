@@ -38,8 +38,9 @@ OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "Available memory
 def cpu_session(graph: Path, threads: int = 0) -> Any:
     """A session on the CPU; `threads` 0: one per core. Raises EngineError."""
     options = _options(threads or cores())
-    # Spinning threads would take the cores from the gateway between two steps.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Between two kernels of a run threads are woken too late otherwise; between two runs the cores are the gateway's.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return _open(graph, options, [CPU])
 
 
