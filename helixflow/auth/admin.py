@@ -28,7 +28,7 @@ REHEARSED = "!"
 class AdminHandlers:
     """Answers AdminService."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its parts, each by name
         self,
         pool: Pool,
         pepper: Pepper,
@@ -37,16 +37,18 @@ class AdminHandlers:
         *,
         currency: str,
         development: bool,
+        new_keys: Limits,
         sealer: Sealer | None = None,
         one_time_s: float = users.ONE_TIME_S,
     ) -> None:
         """`currency`: name of what prices are in. `development`: keys of that profile are known.
 
-        `sealer`: of this service; None: one that keeps no anchor. `one_time_s`: how long one-time passwords last
-        (seconds).
+        `new_keys`: limits of keys that are given none, unless they administer. `sealer`: of this service; None: one
+        that keeps no anchor. `one_time_s`: how long one-time passwords last (seconds).
         """
         self._one_time_s = one_time_s
         self._pepper = pepper
+        self._new_keys = new_keys
         self._passwords = hashes
         self.refused = Refusals(pool)
         """Acts that were refused; `run` of it must be running."""
@@ -176,6 +178,8 @@ class AdminHandlers:
         limits = Limits.of(request.limits)
         if wanted.admin and limits:
             raise api_keys.bound()
+        if not limits and not wanted.admin:
+            limits = self._new_keys
         async with self._desk.act("CreateKey", request, caller) as (connection, actor):
             made = await api_keys.create(connection, actor, self._pepper, request.user, wanted)
             if limits:

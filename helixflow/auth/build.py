@@ -34,6 +34,7 @@ from helixflow.ledger.sealer import Sealer
 from helixflow.ledger.writer import Writer
 from helixflow.limits.fallback import Counters
 from helixflow.limits.remote import lease_handler, prices_handler
+from helixflow.limits.settings import of_new_keys
 from helixflow.pki.errors import PkiError
 from helixflow.pki.layout import Layout
 from helixflow.rpc import messages
@@ -120,6 +121,7 @@ async def build(config: Config, pool: Pool) -> Built:
             hashes,
             currency=currency,
             development=config.development,
+            new_keys=of_new_keys(config),
             sealer=sealer,
             one_time_s=config.auth.one_time_ttl_s,
         )

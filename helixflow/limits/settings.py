@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from helixflow.config import Config
 from helixflow.core_rs import InvalidRequest
 from helixflow.limits.model import FIELDS, Limits, Price, SubjectLimits
 from helixflow.refusals import refusal
@@ -50,6 +51,18 @@ def check_subject(subject: str) -> str:
             InvalidRequest, "subject must be key:UUID, user:UUID or organisation:UUID, in lower case", "subject"
         )
     return subject
+
+
+def of_new_keys(config: Config) -> Limits:
+    """What a new key gets that is given no limits: in the production profile those of the configuration."""
+    if config.development:
+        return Limits()
+    options = config.limits
+    return Limits(
+        requests_per_minute=options.new_key_requests_per_minute or None,
+        tokens_per_minute=options.new_key_tokens_per_minute or None,
+        concurrent_requests=options.new_key_concurrent_requests or None,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,17 @@ class LimitsConfig:
     default_max_tokens: int = option(
         1024, "completion tokens reserved for a request that names no maximum", check=between(1, 1 << 20)
     )
+    new_key_requests_per_minute: int = option(
+        600, "limit of a new key that is given none, in the production profile; 0: none", check=between(0, 1 << 40)
+    )
+    new_key_tokens_per_minute: int = option(
+        1_000_000,
+        "limit of a new key that is given none, in the production profile; 0: none",
+        check=between(0, 1 << 40),
+    )
+    new_key_concurrent_requests: int = option(
+        32, "limit of a new key that is given none, in the production profile; 0: none", check=between(0, 1 << 20)
+    )
     currency: str = option("USD", "what prices and budgets are in; only shown")
     lease_timeout_ms: int = option(
         1000, "a gateway that got no answer by then counts by itself (milliseconds)", check=between(10, 60_000)

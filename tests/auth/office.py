@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 from helixflow.auth.admin import AdminHandlers
 from helixflow.auth.keys import presented
 from helixflow.db.target import Target
+from helixflow.limits.model import Limits
 from helixflow.pki.layout import Layout
 from helixflow.rpc import messages
 from helixflow.rpc.server import Caller
@@ -50,9 +51,19 @@ class Office:
 
 
 @contextlib.asynccontextmanager
-async def office(target: Target, pki: Layout, *, development: bool = False) -> AsyncIterator[Office]:
+async def office(
+    target: Target, pki: Layout, *, development: bool = False, new_keys: Limits | None = None
+) -> AsyncIterator[Office]:
     async with world(target, pki) as w:
-        admin = AdminHandlers(w.pool, SECRET, w.signer, w.passwords, currency="EUR", development=development)
+        admin = AdminHandlers(
+            w.pool,
+            SECRET,
+            w.signer,
+            w.passwords,
+            currency="EUR",
+            development=development,
+            new_keys=new_keys or Limits(),
+        )
         made = Office(w, admin.methods())
         if not await w.value("SELECT EXISTS (SELECT FROM organisations WHERE name = 'other')"):
             await made.operator("CreateOrganisation", name="other")

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 
+from helixflow import config
 from helixflow.auth import api_keys
 from helixflow.auth.roles import Role
 from helixflow.core_rs import (
@@ -20,6 +21,8 @@ from helixflow.core_rs import (
 from helixflow.db.target import Target
 from helixflow.ledger.record import encode
 from helixflow.ledger.writer import Writer
+from helixflow.limits.model import Limits
+from helixflow.limits.settings import of_new_keys
 from helixflow.pki.layout import Layout
 from helixflow.rpc import messages
 
@@ -180,6 +183,27 @@ def test_members_manage_their_own_keys_only(target: Target, pki: Layout) -> None
             assert made.secret not in str(await o.operator("ListKeys"))
 
     run(test())
+
+
+def test_a_new_key_that_is_given_no_limits_gets_those_of_the_configuration(target: Target, pki: Layout) -> None:
+    async def test() -> None:
+        production = of_new_keys(config.load(None, {"HELIX_LIMITS_NEW_KEY_CONCURRENT_REQUESTS": "0"}))
+        assert (production.requests_per_minute, production.tokens_per_minute) == (600, 1_000_000)
+        async with office(target, pki, new_keys=production) as o:
+            plain = await o.call("member", "CreateKey", name="plain")
+            given = await o.call("member", "CreateKey", name="given", limits={"tokens_per_day": 5})
+            await o.call("admin", "CreateKey", name="administers", admin=True)
+            limits = {item.subject: item.limits for item in (await o.operator("ListLimits")).data}
+            assert limits == {
+                f"key:{plain.key.id}": production.message(),
+                f"key:{given.key.id}": Limits(tokens_per_day=5).message(),
+            }
+
+    run(test())
+
+
+def test_keys_of_the_development_profile_have_no_limits_of_their_own() -> None:
+    assert not of_new_keys(config.load(None, {"HELIX_PROFILE": "development"}))
 
 
 def test_pages_of_a_list(target: Target, pki: Layout) -> None:
