@@ -1,7 +1,6 @@
 """The process of the inference-pool: loads model and engine, serves gRPC, runs the engine, stops in order."""
 
 import faulthandler
-import logging
 import os
 import queue
 import signal
@@ -166,7 +165,7 @@ def _leave(pool: core_rs.Pool) -> NoReturn:
     while not pool.idle() and time.monotonic() < deadline:
         time.sleep(POLL_S)
     pool.stop()
-    logging.shutdown()
+    log.flush()
     os._exit(EX_SOFTWARE)
 
 

@@ -13,6 +13,7 @@ import httpx2
 import openai
 import pytest
 
+from helixflow import core_rs
 from helixflow.pki.layout import Layout
 from tests.gateway.conftest import KEY, Served, serving
 
@@ -244,6 +245,7 @@ def test_what_a_chat_becomes(served: Served, client: httpx.Client) -> None:
     call, options = sent(served, client, "/v1/chat/completions", body)
     assert call.stream
     assert call.arguments["flag"] is True
+    assert isinstance(options.pop("owner"), core_rs.Owner)
     assert options == {
         "request_id": "trace",
         "model": "gpt-4",
@@ -268,7 +270,7 @@ def test_what_a_chat_becomes(served: Served, client: httpx.Client) -> None:
 
 def test_what_absent_parameters_become(served: Served, client: httpx.Client) -> None:
     _call, options = sent(served, client, "/v1/chat/completions", chat("echo", temperature=None, logprobs=False))
-    assert set(options) == {"request_id", "model", "prompts", "timeout_ms"}
+    assert set(options) == {"request_id", "model", "owner", "prompts", "timeout_ms"}
     _call, options = sent(served, client, "/v1/chat/completions", chat("echo", logprobs=True))
     assert options["logprobs"] == 0
 
