@@ -12,7 +12,7 @@ POSTGRES := /usr/lib/postgresql/15/bin
 APT := $(if $(filter 0,$(shell id -u)),apt-get,)
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-dev serve test test-rust test-python lint fmt bench certs proto demo-model constraints clean system
+.PHONY: help build build-dev serve test test-rust test-python test-clients lint fmt bench certs proto demo-model constraints clean system
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-rust:
 
 test-python: build-dev system
 	$(BIN)/python -m pytest
+
+test-clients: build-dev ## unmodified foreign clients against a served gateway; needs registries, Go and Node
+	$(BIN)/python -m tests.clients
 
 # What the tests drive and Debian ships; without root they must be there already.
 system:

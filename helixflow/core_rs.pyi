@@ -137,8 +137,17 @@ class Prompt:
     """One prompt: a chat, a text, or token ids."""
 
     @staticmethod
-    def chat(messages: list[tuple[str, str, str | None]], add_generation_prompt: bool = True) -> Prompt:
-        """`messages`: (role, content, name)."""
+    def chat(
+        messages: list[tuple[str, str, str | None]],
+        add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        extras: list[tuple[int, str | None, list[tuple[str, str, str]], str | None]] = ...,
+        variables: bytes | None = None,
+    ) -> Prompt:
+        """`messages`: (role, content, name). `extras`: what a few of them have besides: (index, reasoning, calls of
+        tools as (id, name, arguments), id of the call that it answers). `variables` of the template: a JSON object.
+        """
     @staticmethod
     def text(text: str) -> Prompt: ...
     @staticmethod
@@ -192,6 +201,9 @@ class GenerateRequest:
         ignore_eos: bool = False,
         timeout_ms: int = 0,
         owner: Owner | None = None,
+        min_tokens: int = 0,
+        stop_token_ids: list[int] = ...,
+        skip_special_tokens: bool = True,
     ) -> GenerateRequest: ...
 
 @final
@@ -251,6 +263,7 @@ class ModelInfo:
     aliases: list[str]
     created: int
     max_model_len: int
+    template_variables: list[str]
 
 @final
 class PoolInfo:
@@ -552,6 +565,7 @@ class PoolOptions:
         default_timeout_ms: int = 120_000,
         prefix_reuse: bool = True,
         shared_prefixes: list[str] = ...,
+        control_in_text: bool = False,
     ) -> PoolOptions: ...
 
 @final

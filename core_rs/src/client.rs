@@ -3,6 +3,7 @@
 mod drive;
 pub(crate) mod info;
 pub(crate) mod request;
+mod variables;
 
 use std::sync::Arc;
 use std::time::Duration;

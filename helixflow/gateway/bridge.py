@@ -172,6 +172,7 @@ class Bridge:
         self._on_idle: Callable[[], None] | None = None
         self._names: dict[str, str] = {}
         self._positions: dict[str, int] = {}
+        self._variables: dict[str, frozenset[str]] = {}
         self._names_until = 0.0
         self._loop.add_reader(client.fileno(), self._wake_ready)
 
@@ -233,12 +234,18 @@ class Bridge:
         self._look_up()
         return self._positions.get(self._names.get(name, name), UNBOUNDED)
 
+    def template_variables(self, name: str) -> frozenset[str]:
+        """Variables of the model's chat template that a request may set."""
+        self._look_up()
+        return self._variables.get(self._names.get(name, name), frozenset())
+
     def _look_up(self) -> None:
         now = self._loop.time()
         if now >= self._names_until:
             models = self._client.models()
             self._names = {alias: model.id for model in models for alias in model.aliases}
             self._positions = {model.id: model.max_model_len for model in models}
+            self._variables = {model.id: frozenset(model.template_variables) for model in models}
             self._names_until = now + NAMES_S
 
     @property

@@ -23,8 +23,6 @@ KEEP_ALIVE = b": keep-alive\n"
 
 One newline: an empty line ends an event, and some clients decode the empty one that they have read then.
 """
-COMPLETION_TOKENS = 16
-"""`max_tokens` of a text completion that names none, as the OpenAI API documents it."""
 BYTES_PER_TOKEN = 4
 """A prompt is guessed to have a token for so many bytes of the body, until the pool has counted it."""
 CLIENT_GONE = 499
@@ -45,6 +43,9 @@ _OPTIONAL = (
     "frequency_penalty",
     "repetition_penalty",
     "ignore_eos",
+    "min_tokens",
+    "stop_token_ids",
+    "skip_special_tokens",
 )
 
 
@@ -65,12 +66,12 @@ class Inference:
         self._bridge.admit()
         body, size = await self._read(request, schema.CHAT)
         options = self._options(request, body)
-        limit = body.max_completion_tokens or body.max_tokens
+        limit = body.limit()
         if limit is not None:
             limit = options["max_tokens"] = self._fitting(body.model, limit)
         if body.logprobs:
             options["logprobs"] = body.top_logprobs or 0
-        generate = GenerateRequest(prompts=[Prompt.chat(body.conversation())], **options)
+        generate = GenerateRequest(prompts=[body.prompt()], **options)
 
         def start(wake: bool) -> Call:
             return self._bridge.admit().chat(
@@ -90,8 +91,7 @@ class Inference:
         self._bridge.admit()
         body, size = await self._read(request, schema.COMPLETION)
         options = self._options(request, body)
-        wanted = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        options["max_tokens"] = self._fitting(body.model, wanted)
+        options["max_tokens"] = self._fitting(body.model, body.limit())
         if body.logprobs is not None:
             options["logprobs"] = body.logprobs
         if body.echo:
@@ -119,8 +119,7 @@ class Inference:
             prompt = Prompt.text(body.prompt or "")
             special = True
         else:
-            conversation = [message.flat(f"messages[{index}]") for index, message in enumerate(body.messages)]
-            prompt = Prompt.chat(conversation, body.add_generation_prompt is not False)
+            prompt = schema.chat_prompt(body.messages, body.add_generation_prompt, {})
             special = False
         if body.add_special_tokens is not None:
             special = body.add_special_tokens
@@ -163,6 +162,9 @@ class Inference:
             request.body = body
         parsed = schema.decode(decoder, body)
         names = schema.without_effect(body, parsed, self._strict)
+        if isinstance(parsed, schema.Chat):
+            known = self._bridge.template_variables(parsed.model)
+            names += [name for name in parsed.given_variables() if name.rpartition(".")[2] not in known]
         if names:
             request.extra_headers.append((ignored.HEADER, ignored.header(names)))
             logger.debug("parts of a request have no effect", request_id=request.id, names=names[: ignored.MAX_NAMES])

@@ -10,13 +10,16 @@ import re
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
+import orjson
 from msgspec import Meta, Struct
 
-from helixflow.core_rs import CoreError, InvalidRequest, json_within
+from helixflow.core_rs import CoreError, InvalidRequest, Prompt, json_within
 from helixflow.gateway import ignored
-from helixflow.gateway.conversation import Harmless, Message, Name, Part, refuse_unbuilt, unbuilt
+from helixflow.gateway.conversation import Function, Harmless, Message, Name, Part, ToolCall, refuse_unbuilt, unbuilt
 from helixflow.refusals import refusal
 
+COMPLETION_TOKENS = 16
+"""`max_tokens` of a text completion that names none, as the OpenAI API documents it."""
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 128
 MAX_BIASES = 1024
@@ -28,6 +31,8 @@ MAX_STRUCTURES = 10 * MAX_MESSAGES
 """Arrays, objects and members of a larger body: a message of one text part has eight."""
 MAX_ELEMENTS = 65536
 """Elements of a larger body, besides the token ids of its prompts."""
+MAX_VARIABLES = 65536
+"""Bytes of `chat_template_kwargs` as JSON."""
 MAX_TOKENS = 2**31 - 1
 """More is asked for by clients that mean: as many as fit."""
 
@@ -46,6 +51,8 @@ Repetition = Annotated[float, Meta(ge=0.01, le=10)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 LogitBias = Annotated[dict[TokenId, Bias], Meta(max_length=MAX_BIASES)]
+MinTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+StopTokens = Annotated[list[TokenId], Meta(max_length=256)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 
 WISHES = frozenset(
@@ -60,7 +67,6 @@ WISHES = frozenset(
         "prompt_cache_options",
         "prompt_cache_retention",
         "reasoning",
-        "reasoning_effort",
         "request_id",
         "safety_identifier",
         "service_tier",
@@ -100,6 +106,9 @@ class Sampling(Struct, frozen=True, kw_only=True):
     seed: Seed | None = None
     logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None
+    min_tokens: MinTokens | None = None
+    stop_token_ids: StopTokens | None = None
+    skip_special_tokens: bool | None = None
 
     best_of: Any = None
     response_format: Any = None
@@ -138,11 +147,18 @@ class Sampling(Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """What one field cannot say alone. Raises InvalidRequest and UnsupportedParameter."""
+        limit = self.limit()
+        if limit is not None and (self.min_tokens or 0) > limit:
+            raise refusal(InvalidRequest, f"min_tokens: is more than max_tokens, which is {limit}", "min_tokens")
         refuse_unbuilt(self, self.NOT_BUILT)
         if self.response_format is not None and not _is_text(self.response_format):
             raise unbuilt("response_format")
         if self.stream_options is not None and not self.stream:
             raise refusal(InvalidRequest, "stream_options: only allowed with `stream: true`", "stream_options")
+
+    def limit(self) -> int | None:
+        """Tokens to generate at most; None for as many as fit."""
+        raise NotImplementedError
 
     def dropped(self) -> list[str]:
         """Names of what was understood and has no effect."""
@@ -161,6 +177,10 @@ class Chat(Sampling, frozen=True, kw_only=True):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
+    reasoning_effort: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     tools: Any = None
     tool_choice: Any = None
@@ -190,6 +210,13 @@ class Chat(Sampling, frozen=True, kw_only=True):
     def check(self) -> None:
         """See `Sampling.check`."""
         Sampling.check(self)
+        if self.continue_final_message and self.add_generation_prompt:
+            raise refusal(
+                InvalidRequest,
+                "continue_final_message: the prompt ends in a message or begins an answer; leave out "
+                "add_generation_prompt",
+                "continue_final_message",
+            )
         for name, choice in (("tools", "tool_choice"), ("functions", "function_call")):
             if getattr(self, name) not in (None, []) and getattr(self, choice) != "none":
                 raise unbuilt(name, f'leave it out, or send `{choice}: "none"`')
@@ -200,13 +227,61 @@ class Chat(Sampling, frozen=True, kw_only=True):
                 InvalidRequest, "max_tokens: differs from max_completion_tokens; send one of them", "max_tokens"
             )
 
+    def limit(self) -> int | None:
+        """See `Sampling.limit`."""
+        return self.max_completion_tokens or self.max_tokens
+
     def dropped(self) -> list[str]:
         """Tools that may not be called: no template is told of them."""
         return [name for name in ("tools", "functions") if getattr(self, name)]
 
-    def conversation(self) -> list[tuple[str, str, str | None]]:
-        """(role, text, name) of every message. Raises InvalidRequest and UnsupportedParameter."""
-        return [message.flat(f"messages[{index}]") for index, message in enumerate(self.messages)]
+    def prompt(self) -> Prompt:
+        """The chat as the pool takes it. Raises InvalidRequest and UnsupportedParameter."""
+        options: dict[str, Any] = {}
+        if self.continue_final_message:
+            options["continue_final_message"] = True
+        variables = self.variables()
+        if variables:
+            options["variables"] = variables
+        return chat_prompt(self.messages, self.add_generation_prompt, options)
+
+    def given_variables(self) -> list[str]:
+        """Names of the parameters that are variables of the chat template."""
+        given = [f"chat_template_kwargs.{name}" for name in self.chat_template_kwargs or ()]
+        return [*given, "reasoning_effort"] if self.reasoning_effort is not None else given
+
+    def variables(self) -> bytes:
+        """Variables of the chat template as a JSON object; empty for none. Raises InvalidRequest."""
+        given = dict(self.chat_template_kwargs or {})
+        if isinstance(self.reasoning_effort, str):
+            given.setdefault("reasoning_effort", self.reasoning_effort)
+        if not given:
+            return b""
+        try:
+            encoded = orjson.dumps(given)
+        except (TypeError, ValueError):
+            encoded = b" " * (MAX_VARIABLES + 1)  # nested beyond what can be written
+        if len(encoded) > MAX_VARIABLES:
+            raise refusal(
+                InvalidRequest,
+                f"chat_template_kwargs: at most {MAX_VARIABLES} bytes, and no integers beyond 64 bits",
+                "chat_template_kwargs",
+            )
+        return encoded
+
+
+def chat_prompt(messages: list[Message], add_generation_prompt: bool | None, options: dict[str, Any]) -> Prompt:
+    """A chat as the pool takes it; by default it ends with the beginning of an answer.
+
+    `options`: further arguments of `Prompt.chat`. Raises InvalidRequest and UnsupportedParameter.
+    """
+    flat = [message.flat(f"messages[{index}]") for index, message in enumerate(messages)]
+    besides = [message.besides(index) for index, message in enumerate(messages)]
+    if any(besides):
+        options["extras"] = list(filter(None, besides))
+    if add_generation_prompt is None:
+        add_generation_prompt = not options.get("continue_final_message")
+    return Prompt.chat(flat, add_generation_prompt, **options)
 
 
 class Completion(Sampling, frozen=True, kw_only=True):
@@ -225,6 +300,10 @@ class Completion(Sampling, frozen=True, kw_only=True):
         Sampling.check(self)
         if self.max_tokens == 0 and not self.echo:
             raise refusal(InvalidRequest, "max_tokens: 0 is only allowed with `echo: true`", "max_tokens")
+
+    def limit(self) -> int:
+        """See `Sampling.limit`."""
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, a text or token ids. Raises InvalidRequest."""
@@ -286,7 +365,8 @@ COMPLETION = msgspec.json.Decoder(Completion)
 TOKENIZE = msgspec.json.Decoder(Tokenize)
 DETOKENIZE = msgspec.json.Decoder(Detokenize)
 
-_MESSAGE = ignored.Shape(Message, content=ignored.Shape(Part))
+_CALL = ignored.Shape(ToolCall, function=ignored.Shape(Function))
+_MESSAGE = ignored.Shape(Message, content=ignored.Shape(Part), tool_calls=_CALL)
 _STREAM_OPTIONS = ignored.Shape(StreamOptions)
 _SHAPES: dict[type[Struct], ignored.Shape] = {
     Chat: ignored.Shape(Chat, messages=_MESSAGE, stream_options=_STREAM_OPTIONS),

@@ -245,6 +245,7 @@ def _pool(config: Config) -> core_rs.Pool:
             default_timeout_ms=options.default_timeout_ms,
             prefix_reuse=options.prefix_reuse,
             shared_prefixes=[_text(file) for file in options.shared_prefixes],
+            control_in_text=options.control_in_text,
         ),
     )
 

@@ -58,6 +58,9 @@ class PoolConfig:
         "text files, each a system prompt or the beginning of prompts that everybody may know: all organisations start "
         "from one copy in the caches",
     )
+    control_in_text: bool = option(
+        False, "what looks like a control token (<|im_end|> …) in the text of a message is one; otherwise it is text"
+    )
     stall_timeout_ms: int = option(60_000, "a reader may stall this long (milliseconds)", check=between(10, 86_400_000))
     stall_yield_ms: int = option(
         2000,

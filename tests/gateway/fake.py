@@ -14,7 +14,7 @@ import orjson
 
 from helixflow.config import Config
 from helixflow.core_rs import CoreError, DeadlineExceeded, ModelNotFound, PoolClient, QueueFull
-from helixflow.gateway import inference
+from helixflow.gateway import inference, schema
 from helixflow.gateway.bridge import Bridge
 from helixflow.refusals import refusal
 
@@ -33,8 +33,10 @@ class FakePrompt:
     """Keeps what Prompt was given."""
 
     @staticmethod
-    def chat(messages: Any, add_generation_prompt: bool = True) -> Any:
-        return "chat", messages, add_generation_prompt
+    def chat(messages: Any, add_generation_prompt: bool = True, **options: Any) -> Any:
+        return (
+            ("chat", messages, add_generation_prompt, options) if options else ("chat", messages, add_generation_prompt)
+        )
 
     @staticmethod
     def text(text: str) -> Any:
@@ -61,6 +63,7 @@ class FakeModel:
     aliases: list[str]
     created: int = 1_700_000_000
     max_model_len: int = 128
+    template_variables: tuple[str, ...] = ("enable_thinking",)
 
 
 @dataclass
@@ -238,4 +241,5 @@ class FakeClient:
 def connect(_config: Config) -> Bridge:
     """A bridge over the stand-in; the handlers fill in requests that can be read back."""
     vars(inference).update(GenerateRequest=FakeRequest, Prompt=FakePrompt)
+    vars(schema).update(Prompt=FakePrompt)
     return Bridge(cast("PoolClient", FakeClient()))

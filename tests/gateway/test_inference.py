@@ -268,6 +268,27 @@ def test_what_a_chat_becomes(served: Served, client: httpx.Client) -> None:
     }
 
 
+def test_what_other_servers_parameters_become(served: Served, client: httpx.Client) -> None:
+    body = chat(
+        "echo",
+        min_tokens=2,
+        stop_token_ids=[5, 6],
+        skip_special_tokens=False,
+        continue_final_message=True,
+        chat_template_kwargs={"enable_thinking": False},
+        reasoning_effort="low",
+    )
+    _call, options = sent(served, client, "/v1/chat/completions", body)
+    assert (options["min_tokens"], options["stop_token_ids"], options["skip_special_tokens"]) == (2, [5, 6], False)
+    kind, _messages, begins, further = options["prompts"][0]
+    assert (kind, begins, further["continue_final_message"]) == ("chat", False, True)
+    assert json.loads(further["variables"]) == {"enable_thinking": False, "reasoning_effort": "low"}
+    _call, options = sent(served, client, "/v1/chat/completions", chat("echo", add_generation_prompt=False))
+    assert options["prompts"] == [("chat", [("user", "Hello", None)], False)]
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.headers["x-helixflow-ignored"] == "reasoning_effort", "the template does not read it"
+
+
 def test_what_absent_parameters_become(served: Served, client: httpx.Client) -> None:
     _call, options = sent(served, client, "/v1/chat/completions", chat("echo", temperature=None, logprobs=False))
     assert set(options) == {"request_id", "model", "owner", "prompts", "timeout_ms"}

@@ -13,14 +13,19 @@ from helixflow.core_rs import CoreError, InvalidRequest, UnsupportedParameter
 from helixflow.gateway import conversation, ignored, schema
 
 HELLO = [{"role": "user", "content": "Hello"}]
+CALL = {"id": "c1", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 PREFIX = b'{"model": "m", "messages": [{"role": "user", "content": "x"}]'
 
 
 def chat(**options: Any) -> schema.Chat:
     body = schema.decode(schema.CHAT, json.dumps({"model": "m", "messages": HELLO, **options}).encode())
-    body.conversation()
+    body.prompt()
     return body
+
+
+def flat(body: schema.Chat) -> list[tuple[str, str, str | None]]:
+    return [message.flat(f"messages[{index}]") for index, message in enumerate(body.messages)]
 
 
 def completion(**options: Any) -> schema.Completion:
@@ -144,7 +149,6 @@ WISHED: list[tuple[str, Any]] = [
     ("verbosity", "low"),
     ("service_tier", "flex"),
     ("prediction", {"type": "content", "content": "x"}),
-    ("reasoning_effort", "high"),
     ("metadata", {"a": [1, {"b": None}]}),
     ("user", {"name": "x"}),
     ("safety_identifier", 5),
@@ -246,6 +250,15 @@ def test_the_header_is_bounded_and_clean() -> None:
         ("messages[0].content[0].text", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
         ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}),
         ("messages[0].name", {"messages": [{"role": "user", "content": "x", "name": ""}]}),
+        ("messages[0].tool_calls[0].function", {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}),
+        ("messages[0].tool_calls", {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}),
+        ("min_tokens", {"min_tokens": -1}),
+        ("min_tokens", {"min_tokens": 6, "max_tokens": 5}),
+        ("stop_token_ids[0]", {"stop_token_ids": [-1]}),
+        ("continue_final_message", {"continue_final_message": True, "add_generation_prompt": True}),
+        ("chat_template_kwargs", {"chat_template_kwargs": []}),
+        ("chat_template_kwargs", {"chat_template_kwargs": {"x": "y" * 70_000}}),
+        ("chat_template_kwargs", {"chat_template_kwargs": {"x": 2**70}}),
     ],
 )
 def test_invalid_values_name_their_path(param: str, options: dict[str, Any]) -> None:
@@ -258,11 +271,8 @@ def test_invalid_values_name_their_path(param: str, options: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("param", "message"),
     [
-        ("messages[0].role", {"role": "tool", "content": "x"}),
-        ("messages[0].role", {"role": "function", "content": "x"}),
         ("messages[0].content[1].type", {"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}),
         ("messages[0].content[0].type", {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}),
-        ("messages[0].tool_calls", {"role": "assistant", "content": None, "tool_calls": [{}]}),
         ("messages[0].audio", {"role": "assistant", "content": None, "audio": {"id": "x"}}),
         ("messages[0].images", {"role": "user", "content": "x", "images": ["aGk="]}),
     ],
@@ -297,7 +307,51 @@ def test_conversation() -> None:
         ("assistant", "no", None),
         ("assistant", "a", None),
     ]
-    assert body.conversation() == expected
+    assert flat(body) == expected
+
+
+def extras(*messages: dict[str, Any]) -> list[conversation.Extra | None]:
+    body = chat(messages=list(messages))
+    return [message.besides(index) for index, message in enumerate(body.messages)]
+
+
+def test_what_templates_are_told_besides() -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert extras(
+        {"role": "user", "content": "x"},
+        {**called, "reasoning_content": "r"},
+        {"role": "tool", "content": None, "tool_call_id": "c1"},
+        {"role": "assistant", "content": "x", "reasoning": "r"},
+        {"role": "assistant", "content": "x", "reasoning": {"effort": "low"}, "tool_calls": []},
+        {"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": {"a": 1}}},
+        {"role": "user", "content": "x", "reasoning_content": "r", "tool_call_id": "c1"},
+    ) == [
+        None,
+        (1, "r", [("c1", "f", "{}")], None),
+        (2, None, [], "c1"),
+        (3, "r", [], None),
+        None,
+        (5, None, [("", "f", '{"a":1}')], None),
+        None,
+    ]
+    body = chat(messages=[{"role": "user", "content": "x"}, {"role": "function", "name": "f", "content": "3"}])
+    assert flat(body)[1] == ("tool", "3", "f")
+
+
+def test_variables_of_the_template() -> None:
+    assert chat().variables() == b""
+    assert chat(reasoning_effort=None, chat_template_kwargs={}).variables() == b""
+    body = chat(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False, "x": [1.5, None]})
+    assert json.loads(body.variables()) == {"enable_thinking": False, "x": [1.5, None], "reasoning_effort": "low"}
+    assert body.given_variables() == [
+        "chat_template_kwargs.enable_thinking",
+        "chat_template_kwargs.x",
+        "reasoning_effort",
+    ]
+    assert json.loads(chat(reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "high"}).variables()) == {
+        "reasoning_effort": "high"
+    }
+    assert chat(reasoning_effort={"odd": 1}).variables() == b""
 
 
 def test_prompts() -> None:
@@ -418,7 +472,7 @@ def valid_or_refused(decoder: msgspec.json.Decoder[Any], data: bytes) -> None:
     try:
         body = schema.decode(decoder, data)
         if isinstance(body, schema.Chat):
-            assert all(isinstance(text, str) for _role, text, _name in body.conversation())
+            assert body.prompt() is not None
         if isinstance(body, schema.Completion):
             assert body.prompts()
     except CoreError as error:

@@ -12,6 +12,7 @@ pub(crate) struct ModelInfo {
     aliases: Vec<String>,
     created: u64,
     max_model_len: u32,
+    template_variables: Vec<String>,
 }
 
 impl From<v1::ModelInfo> for ModelInfo {
@@ -21,6 +22,7 @@ impl From<v1::ModelInfo> for ModelInfo {
             aliases: model.aliases,
             created: model.created,
             max_model_len: model.max_model_len,
+            template_variables: model.template_variables,
         }
     }
 }

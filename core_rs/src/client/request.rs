@@ -5,6 +5,17 @@ use helix_wire::v1;
 use helix_wire::v1::input::Kind;
 use pyo3::prelude::*;
 
+use super::variables;
+use crate::errors::to_py;
+
+/// Index of a message, reasoning, calls of tools (id, name, arguments), id of the call that it answers.
+type Extra = (
+    usize,
+    Option<String>,
+    Vec<(String, String, String)>,
+    Option<String>,
+);
+
 /// Whether a JSON text has at most so many arrays, objects and members, and elements in them.
 #[pyfunction]
 pub(crate) fn json_within(py: Python<'_>, body: &[u8], structures: usize, elements: usize) -> bool {
@@ -17,22 +28,47 @@ pub(crate) struct Prompt(pub(super) v1::Input);
 
 #[pymethods]
 impl Prompt {
-    /// `messages`: (role, content, name).
+    /// `messages`: (role, content, name). `extras`: what a few of them have besides: (index, reasoning, calls of
+    /// tools as (id, name, arguments), id of the call that it answers). `variables`: a JSON object, or nothing.
     #[staticmethod]
-    #[pyo3(signature = (messages, add_generation_prompt=true))]
-    fn chat(messages: Vec<(String, String, Option<String>)>, add_generation_prompt: bool) -> Self {
+    #[pyo3(signature = (
+        messages, add_generation_prompt=true, *, continue_final_message=false, extras=Vec::new(), variables=None
+    ))]
+    fn chat(
+        messages: Vec<(String, String, Option<String>)>,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        extras: Vec<Extra>,
+        variables: Option<&[u8]>,
+    ) -> PyResult<Self> {
         let message = |(role, content, name)| v1::ChatMessage {
             role,
             content,
             name,
+            ..v1::ChatMessage::default()
         };
-        let messages = messages.into_iter().map(message).collect();
-        Self(v1::Input {
+        let mut messages: Vec<_> = messages.into_iter().map(message).collect();
+        for (index, reasoning, calls, tool_call_id) in extras {
+            if let Some(message) = messages.get_mut(index) {
+                let call = |(id, name, arguments)| v1::ToolCall {
+                    id,
+                    name,
+                    arguments,
+                };
+                message.reasoning = reasoning;
+                message.tool_calls = calls.into_iter().map(call).collect();
+                message.tool_call_id = tool_call_id;
+            }
+        }
+        let variables = variables.map_or(Ok(Vec::new()), variables::read);
+        Ok(Self(v1::Input {
             kind: Some(Kind::Chat(v1::Chat {
                 messages,
                 add_generation_prompt,
+                continue_final_message,
+                variables: variables.map_err(to_py)?,
             })),
-        })
+        }))
     }
 
     /// Text as it is.
@@ -87,7 +123,8 @@ impl GenerateRequest {
     #[pyo3(signature = (
         *, request_id, model, prompts, n=1, max_tokens=None, stop=Vec::new(), temperature=1.0, top_p=1.0, top_k=0,
         min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0, seed=None,
-        logit_bias=Vec::new(), logprobs=None, echo=false, ignore_eos=false, timeout_ms=0, owner=None
+        logit_bias=Vec::new(), logprobs=None, echo=false, ignore_eos=false, timeout_ms=0, owner=None,
+        min_tokens=0, stop_token_ids=Vec::new(), skip_special_tokens=true
     ))]
     #[allow(
         clippy::too_many_arguments,
@@ -115,6 +152,9 @@ impl GenerateRequest {
         ignore_eos: bool,
         timeout_ms: u64,
         owner: Option<&Owner>,
+        min_tokens: u32,
+        stop_token_ids: Vec<u32>,
+        skip_special_tokens: bool,
     ) -> Self {
         let sampling = v1::Sampling {
             temperature,
@@ -147,6 +187,9 @@ impl GenerateRequest {
             timeout_ms,
             stream: false,
             owner: owner.map(|owner| owner.0.clone()),
+            min_tokens,
+            stop_token_ids,
+            show_special_tokens: !skip_special_tokens,
         })
     }
 }

@@ -15,7 +15,7 @@ impl PoolOptions {
     #[pyo3(signature = (
         *, model_id, aliases=Vec::new(), created=0, queue_requests=1024, queue_tokens=1_048_576, step_tokens=512,
         stream_frames=64, stall_timeout_ms=60_000, stall_yield_ms=2000, default_timeout_ms=120_000, prefix_reuse=true,
-        shared_prefixes=Vec::new()
+        shared_prefixes=Vec::new(), control_in_text=false
     ))]
     #[allow(clippy::too_many_arguments)] // keyword arguments in Python
     fn new(
@@ -31,6 +31,7 @@ impl PoolOptions {
         default_timeout_ms: u64,
         prefix_reuse: bool,
         shared_prefixes: Vec<String>,
+        control_in_text: bool,
     ) -> Self {
         Self(Options {
             aliases,
@@ -44,6 +45,7 @@ impl PoolOptions {
             default_timeout: Duration::from_millis(default_timeout_ms),
             prefix_reuse,
             shared_prefixes,
+            control_in_text,
             ..Options::new(model_id)
         })
     }

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use helix_text::{EncodeError, Message, TextModel};
+use helix_text::{Chat, EncodeError, Message, TemplateValue, TextModel, ToolCall};
 use helix_wire::error::{Code, CoreError};
-use helix_wire::v1::{Input, input::Kind};
+use helix_wire::v1::{self, Input, input::Kind};
 use tokio::sync::Semaphore;
 
 /// About a millisecond of tokenising; more would hold up other calls of the I/O thread.
@@ -75,7 +75,11 @@ fn size(input: &Input) -> usize {
         Some(Kind::Chat(chat)) => chat
             .messages
             .iter()
-            .map(|message| message.content.len() + 32)
+            .map(|message| {
+                let calls = message.tool_calls.iter();
+                let calls: usize = calls.map(|call| call.arguments.len() + 64).sum();
+                message.content.len() + calls + 32
+            })
             .sum(),
         Some(Kind::Text(text)) => text.len(),
         Some(Kind::Tokens(_)) | None => 0,
@@ -85,18 +89,7 @@ fn size(input: &Input) -> usize {
 fn encode(text: &TextModel, input: Input, add_special: bool) -> Result<Encoded, CoreError> {
     match input.kind {
         Some(Kind::Chat(chat)) => {
-            let messages: Vec<Message<'_>> = chat
-                .messages
-                .iter()
-                .map(|message| Message {
-                    role: &message.role,
-                    content: &message.content,
-                    name: message.name.as_deref(),
-                })
-                .collect();
-            let ids = text
-                .encode_chat(&messages, chat.add_generation_prompt)
-                .map_err(|error| refused(&error, "messages"))?;
+            let ids = encode_chat(text, chat)?;
             Ok(Encoded {
                 ids: ids.into(),
                 param: "messages",
@@ -122,6 +115,67 @@ fn encode(text: &TextModel, input: Input, add_special: bool) -> Result<Encoded, 
             "prompt",
             "a prompt is empty; send a chat, a text or token ids",
         )),
+    }
+}
+
+fn encode_chat(text: &TextModel, chat: v1::Chat) -> Result<Vec<u32>, CoreError> {
+    let calls: Vec<Vec<ToolCall<'_>>> = chat
+        .messages
+        .iter()
+        .map(|message| message.tool_calls.iter().map(tool_call).collect())
+        .collect();
+    let messages: Vec<Message<'_>> = chat
+        .messages
+        .iter()
+        .zip(&calls)
+        .map(|(message, calls)| Message {
+            role: &message.role,
+            content: &message.content,
+            name: message.name.as_deref(),
+            reasoning: message.reasoning.as_deref(),
+            tool_calls: calls,
+            tool_call_id: message.tool_call_id.as_deref(),
+        })
+        .collect();
+    let variables: Vec<(String, TemplateValue)> = chat
+        .variables
+        .into_iter()
+        .map(|variable| (variable.name, value(variable.value)))
+        .collect();
+    let chat = Chat {
+        messages: &messages,
+        add_generation_prompt: chat.add_generation_prompt,
+        continue_final_message: chat.continue_final_message,
+        variables: &variables,
+    };
+    text.encode_chat(&chat)
+        .map_err(|error| refused(&error, "messages"))
+}
+
+fn tool_call(call: &v1::ToolCall) -> ToolCall<'_> {
+    ToolCall {
+        id: &call.id,
+        name: &call.name,
+        arguments: &call.arguments,
+    }
+}
+
+fn value(value: Option<v1::Value>) -> TemplateValue {
+    use v1::value::Kind;
+    match value.and_then(|value| value.kind) {
+        None => TemplateValue::from(()),
+        Some(Kind::Flag(flag)) => flag.into(),
+        Some(Kind::Integer(number)) => number.into(),
+        Some(Kind::Number(number)) => number.into(),
+        Some(Kind::Text(text)) => text.into(),
+        Some(Kind::List(list)) => {
+            let values = list.values.into_iter().map(|item| self::value(Some(item)));
+            values.collect::<Vec<_>>().into()
+        }
+        Some(Kind::Map(map)) => {
+            let entries = map.entries.into_iter();
+            TemplateValue::from_pairs(entries.map(|entry| (entry.name, self::value(entry.value))))
+        }
     }
 }
 

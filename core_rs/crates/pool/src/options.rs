@@ -29,6 +29,8 @@ pub struct Options {
     pub prefix_reuse: bool,
     /// Texts that requests of different owners may share as beginnings of their prompts; others they do not.
     pub shared_prefixes: Vec<String>,
+    /// Whether what looks like a control token in the text of a message is one.
+    pub control_in_text: bool,
     /// Largest request message, encoded.
     pub max_message_bytes: usize,
 }
@@ -49,6 +51,7 @@ impl Options {
             default_timeout: Duration::from_secs(120),
             prefix_reuse: true,
             shared_prefixes: Vec::new(),
+            control_in_text: false,
             max_message_bytes: 16 << 20,
         }
     }

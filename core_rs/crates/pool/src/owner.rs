@@ -1,7 +1,7 @@
 //! For whom a request runs, and which beginnings of prompts everybody may know.
 
 use helix_sched::Scope;
-use helix_text::{Message, TextModel};
+use helix_text::{Chat, Message, TextModel};
 use helix_wire::error::CoreError;
 use helix_wire::v1;
 
@@ -42,10 +42,13 @@ impl SharedPrefixes {
                 let message = |role, content| Message {
                     role,
                     content,
-                    name: None,
+                    ..Message::default()
                 };
-                text.encode_chat(&[message("system", system), message("user", user)], true)
-                    .ok()
+                text.encode_chat(&Chat::new(
+                    &[message("system", system), message("user", user)],
+                    true,
+                ))
+                .ok()
             };
             let raw = |next: &str| text.encode(&format!("{system}{next}"), true).ok();
             // Where two continuations part, the text of a caller begins; the tokens before are the text's own.

@@ -105,7 +105,11 @@ impl Pool {
     /// # Errors
     /// The file that is missing or damaged.
     pub fn load(model_dir: &Path, options: Options) -> Result<Self, LoadError> {
-        Ok(Self::new(TextModel::load(model_dir)?, options))
+        let mut text = TextModel::load(model_dir)?;
+        if options.control_in_text {
+            text = text.with_control_in_text();
+        }
+        Ok(Self::new(text, options))
     }
 
     /// A pool of a model that is loaded already.
@@ -116,6 +120,7 @@ impl Pool {
             id: options.model_id.clone(),
             aliases: options.aliases.clone(),
             created: options.created,
+            template_variables: text.template_variables(),
             ..ModelInfo::default()
         };
         let state = PoolState {

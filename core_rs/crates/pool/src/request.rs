@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use helix_sample::Params;
 use helix_sched::{Scope, SeqId};
-use helix_text::StopMatcher;
+use helix_text::{Detokenizer, StopMatcher};
 use helix_wire::error::{Code, CoreError};
 use helix_wire::v1::{self, input::Kind};
 
@@ -24,14 +24,15 @@ const MAX_HELD_LOGPROBS: u64 = 1 << 22;
 /// The gateway allows 4 (`OpenAI`); other callers a few more.
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 4096;
+const MAX_STOP_TOKENS: usize = 256;
 /// Request ids end up in log lines.
 pub(crate) const MAX_ID_BYTES: usize = 256;
 /// What of a name from outside is repeated in a message.
 const MAX_NAME_CHARS: usize = 100;
-const ROLES: [&str; 4] = ["system", "developer", "user", "assistant"];
+const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
 
 /// One prompt, tokenised.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Prompt {
     pub(crate) ids: Arc<[u32]>,
     /// Tokens to generate at most.
@@ -40,6 +41,8 @@ pub(crate) struct Prompt {
     pub(crate) shared: usize,
     /// The text to echo.
     pub(crate) echo: Option<String>,
+    /// Has read the prompt.
+    pub(crate) detokenizer: Detokenizer,
 }
 
 /// A request on its way to the engine thread.
@@ -57,6 +60,7 @@ pub(crate) struct Job {
 
 /// How the answers are to be made.
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools)] // switches of the API
 pub(crate) struct Wishes {
     /// Choices per prompt.
     pub(crate) n: usize,
@@ -67,6 +71,12 @@ pub(crate) struct Wishes {
     pub(crate) logprobs: Option<usize>,
     pub(crate) echo: bool,
     pub(crate) ignore_eos: bool,
+    /// Tokens before which no choice ends but by its limit.
+    pub(crate) min_tokens: u32,
+    /// Tokens that end a choice, beside the model's own; sorted.
+    pub(crate) stop_tokens: Vec<u32>,
+    /// Special tokens give their names.
+    pub(crate) show_special: bool,
 }
 
 impl Job {
@@ -124,6 +134,7 @@ impl Wishes {
             return Err(CoreError::invalid("top_logprobs", message));
         }
         check_stops(&request.stop)?;
+        let stop_tokens = stop_tokens(&request.stop_token_ids, capacity.vocab_size)?;
         let (params, seeded) = params(request.sampling.as_ref())?;
         params
             .validate(capacity.vocab_size)
@@ -138,6 +149,9 @@ impl Wishes {
             logprobs: request.logprobs.map(|k| k as usize),
             echo: request.echo,
             ignore_eos: request.ignore_eos,
+            min_tokens: request.min_tokens,
+            stop_tokens,
+            show_special: request.show_special_tokens,
         })
     }
 
@@ -236,6 +250,7 @@ fn params(sampling: Option<&v1::Sampling>) -> Result<(Params, bool), CoreError> 
             .iter()
             .map(|entry| (entry.token, entry.bias))
             .collect(),
+        banned: Vec::new(),
     };
     Ok((params, wanted.seed.is_some()))
 }
@@ -262,6 +277,20 @@ fn check_stops(stops: &[String]) -> Result<(), CoreError> {
         ));
     }
     Ok(())
+}
+
+fn stop_tokens(ids: &[u32], vocab: usize) -> Result<Vec<u32>, CoreError> {
+    if ids.len() > MAX_STOP_TOKENS {
+        let message = format!(
+            "{} stop tokens are given; at most {MAX_STOP_TOKENS} are looked for",
+            ids.len()
+        );
+        return Err(CoreError::invalid("stop_token_ids", message));
+    }
+    known(ids, vocab, "stop_token_ids")?;
+    let mut sorted = ids.to_vec();
+    sorted.sort_unstable();
+    Ok(sorted)
 }
 
 /// Checks that this pool serves the model of that name.
@@ -319,14 +348,12 @@ pub(crate) fn check_input(
                 .map(|message| message.content.len())
                 .sum::<usize>();
             if hopeless(bytes) {
-                Err(too_long(max_len, "more", None, "messages"))
+                Err(too_long(max_len, "more", "messages"))
             } else {
                 Ok(())
             }
         }
-        Some(Kind::Text(text)) if hopeless(text.len()) => {
-            Err(too_long(max_len, "more", None, "prompt"))
-        }
+        Some(Kind::Text(text)) if hopeless(text.len()) => Err(too_long(max_len, "more", "prompt")),
         Some(Kind::Text(_)) => Ok(()),
         Some(Kind::Tokens(tokens)) => known(&tokens.ids, capacity.vocab_size, "prompt"),
     }
@@ -345,7 +372,7 @@ pub(crate) fn known(ids: &[u32], vocab: usize, param: &str) -> Result<(), CoreEr
     }
 }
 
-/// How many tokens may be generated after this prompt.
+/// How many tokens may be generated after this prompt: what is wanted, as far as there is room.
 pub(crate) fn room(
     prompt: usize,
     wanted: Option<u32>,
@@ -359,28 +386,20 @@ pub(crate) fn room(
         ));
     }
     let left = max_len.saturating_sub(prompt);
-    let fits = match wanted {
-        None => left > 0,
-        Some(wanted) => prompt <= max_len && wanted as usize <= left,
-    };
-    if !fits {
-        return Err(too_long(max_len, prompt, wanted, param));
+    // An echo needs no room beside its prompt.
+    if prompt > max_len || (left == 0 && wanted != Some(0)) {
+        return Err(too_long(max_len, prompt, param));
     }
-    Ok(wanted.unwrap_or_else(|| u32::try_from(left).unwrap_or(u32::MAX)))
+    let left = u32::try_from(left).unwrap_or(u32::MAX);
+    Ok(wanted.map_or(left, |wanted| wanted.min(left)))
 }
 
 /// In the words of `OpenAI`, which clients look for.
-fn too_long(max_len: usize, prompt: impl Display, wanted: Option<u32>, param: &str) -> CoreError {
-    let message = match wanted {
-        Some(wanted) => format!(
-            "This model's maximum context length is {max_len} tokens. However, you requested {wanted} tokens in the \
-             completion after {prompt} tokens in the {param}. Please reduce the length of the {param} or completion."
-        ),
-        None => format!(
-            "This model's maximum context length is {max_len} tokens. However, your {param} resulted in {prompt} \
-             tokens. Please reduce the length of the {param}."
-        ),
-    };
+fn too_long(max_len: usize, prompt: impl Display, param: &str) -> CoreError {
+    let message = format!(
+        "This model's maximum context length is {max_len} tokens. However, your {param} resulted in {prompt} tokens. \
+         Please reduce the length of the {param}."
+    );
     CoreError::new(Code::ContextLengthExceeded, message).with_param(param)
 }
 

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use helix_sample::{History, Params, SampleError, Sampler};
 use helix_sched::Item;
-use helix_text::{Detokenizer, StopMatcher, TextModel};
+use helix_text::{Detokenizer, Out, StopMatcher, TextModel};
 use helix_wire::v1::{Delta, TokenLogprob};
 
 use crate::engine::{Candidates, Capacity, Row, Sampling};
@@ -42,6 +42,33 @@ pub(crate) struct Sampled {
     pub(crate) stopped: bool,
 }
 
+/// What ends a choice.
+struct Ends {
+    /// Sorted.
+    tokens: Vec<u32>,
+    /// Nothing does before so many tokens.
+    min_tokens: u32,
+}
+
+impl Ends {
+    fn new(wishes: &Wishes, text: &TextModel) -> Self {
+        let mut tokens = wishes.stop_tokens.clone();
+        if !wishes.ignore_eos {
+            tokens.extend_from_slice(text.eos_ids());
+        }
+        tokens.sort_unstable();
+        Self {
+            tokens,
+            min_tokens: wishes.min_tokens,
+        }
+    }
+
+    /// Whether a token that follows `generated` others ends the choice.
+    fn at(&self, token: u32, generated: u32) -> bool {
+        generated >= self.min_tokens && self.tokens.binary_search(&token).is_ok()
+    }
+}
+
 pub(crate) struct Sequence {
     choice: u32,
     params: Params,
@@ -51,7 +78,9 @@ pub(crate) struct Sequence {
     /// Position of the next token, prompt included.
     position: u64,
     logprobs: Option<usize>,
-    ignore_eos: bool,
+    ends: Ends,
+    /// Tokens of the answer.
+    generated: u32,
     /// Bytes that the detokeniser gave, and bytes that were sent; the stop strings hold the difference.
     decided: usize,
     sent: usize,
@@ -73,10 +102,12 @@ impl Sequence {
         text: &TextModel,
         out: &mut Staged,
     ) -> Self {
-        let params = wishes.params(choice);
+        let mut params = wishes.params(choice);
         let choice = u32::try_from(choice).unwrap_or(u32::MAX);
-        let mut detokenizer = text.detokenizer();
-        detokenizer.prime(&prompt.ids);
+        let ends = Ends::new(wishes, text);
+        if ends.min_tokens > 0 {
+            params.banned.clone_from(&ends.tokens);
+        }
         let mut echo = prompt.echo.clone().map(|text| (text, Vec::new()));
         if wishes.logprobs.is_none()
             && let Some((text, _)) = echo.take()
@@ -92,11 +123,12 @@ impl Sequence {
             choice,
             history: History::new(&params, &prompt.ids),
             params,
-            detokenizer,
+            detokenizer: prompt.detokenizer.clone(),
             stops: wishes.stops.clone(),
             position: prompt.ids.len() as u64,
             logprobs: wishes.logprobs,
-            ignore_eos: wishes.ignore_eos,
+            ends,
+            generated: 0,
             decided: 0,
             sent: 0,
             unsent: 0,
@@ -140,12 +172,16 @@ impl Sequence {
             Row::Token(token) => token,
         };
         self.position += 1;
-        if !self.ignore_eos && tools.text.eos_ids().contains(&token) {
+        if self.ends.at(token, self.generated) {
             self.finish(out);
             return Ok(Some(Sampled {
                 token,
                 stopped: true,
             }));
+        }
+        self.generated += 1;
+        if self.generated >= self.ends.min_tokens {
+            self.params.banned.clear();
         }
         self.history.push(token);
         if let Some(count) = self.logprobs {
@@ -163,7 +199,14 @@ impl Sequence {
         self.decided += text.len();
         let mut stopped = false;
         if let Some(stops) = &mut self.stops {
-            let found = stops.push(&text);
+            let found = if self.generated >= self.ends.min_tokens {
+                stops.push(&text)
+            } else {
+                Out {
+                    emit: text,
+                    stopped: false,
+                }
+            };
             text = found.emit;
             stopped = found.stopped;
             if !stopped {
@@ -180,7 +223,8 @@ impl Sequence {
         self.detokenizer.push(token, &mut text);
         self.decided += text.len();
         let mut stopped = false;
-        if let Some(stops) = self.stops.as_mut().filter(|_| !text.is_empty()) {
+        let heard = !text.is_empty() && self.generated > self.ends.min_tokens;
+        if let Some(stops) = self.stops.as_mut().filter(|_| heard) {
             let found = stops.push(&text);
             text = found.emit;
             stopped = found.stopped;

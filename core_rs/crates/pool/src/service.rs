@@ -80,9 +80,8 @@ impl Service {
             .map_err(|_| shared.late())??;
         let mut prompts = Vec::with_capacity(count);
         for (index, input) in encoded.into_iter().enumerate() {
-            let prompt = known(&input.ids, capacity.vocab_size, input.param).and_then(|()| {
-                self.prompt(input, request.max_tokens, capacity.max_len, wishes.echo)
-            });
+            let prompt = known(&input.ids, capacity.vocab_size, input.param)
+                .and_then(|()| self.prompt(input, request.max_tokens, capacity.max_len, &wishes));
             prompts.push(prompt.map_err(|error| of_prompt(error, index, count))?);
         }
         if !request.stream {
@@ -166,19 +165,26 @@ impl Service {
         input: Encoded,
         max_tokens: Option<u32>,
         max_len: usize,
-        echo: bool,
+        wishes: &Wishes,
     ) -> Result<Prompt, CoreError> {
         let max_new = room(input.ids.len(), max_tokens, max_len, input.param)?;
-        let echo = echo.then(|| {
-            input
-                .text
-                .unwrap_or_else(|| self.shared.text.decode(&input.ids))
-        });
+        let mut detokenizer = self.shared.text.detokenizer();
+        if wishes.show_special {
+            detokenizer = detokenizer.with_special();
+        }
+        let mut echo = input.text.filter(|_| wishes.echo);
+        if wishes.echo && echo.is_none() {
+            // What a prompt's last tokens leave of a character comes with the answer, not twice.
+            detokenizer.echo(&input.ids, echo.get_or_insert_default());
+        } else {
+            detokenizer.prime(&input.ids);
+        }
         Ok(Prompt {
             shared: self.shared.public.of(&input.ids),
             ids: input.ids,
             max_new,
             echo,
+            detokenizer,
         })
     }
 }

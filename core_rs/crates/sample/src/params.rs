@@ -21,6 +21,8 @@ pub struct Params {
     pub seed: u64,
     /// Added to the logits of these tokens, before the penalties.
     pub logit_bias: Vec<(u32, f32)>,
+    /// Tokens that are not drawn, whatever their logits.
+    pub banned: Vec<u32>,
 }
 
 /// A parameter that cannot be used, and why.
@@ -58,6 +60,7 @@ impl Default for Params {
             repetition: 1.0,
             seed: 0,
             logit_bias: Vec::new(),
+            banned: Vec::new(),
         }
     }
 }
@@ -143,9 +146,9 @@ impl Params {
         self.presence != 0.0 || self.frequency != 0.0 || self.penalises_repetition()
     }
 
-    /// Whether something may be added to logits before the draw: a bias or a penalty.
+    /// Whether logits may change before the draw: by a bias, a penalty or a ban.
     pub fn changes_logits(&self) -> bool {
-        !self.logit_bias.is_empty() || self.has_penalties()
+        !self.logit_bias.is_empty() || !self.banned.is_empty() || self.has_penalties()
     }
 
     /// Whether tokens of the prompt are penalised too.

@@ -96,7 +96,8 @@ impl Sampler {
         position: u64,
     ) -> Result<u32, SampleError> {
         let mut row = std::mem::take(&mut self.row);
-        let token = if params.logit_bias.is_empty() && history.is_empty() {
+        let untouched = params.logit_bias.is_empty() && params.banned.is_empty();
+        let token = if untouched && history.is_empty() {
             self.draw(logits, params, position)
         } else {
             row.clear();
@@ -107,6 +108,11 @@ impl Sampler {
                 }
             }
             history.penalise(&mut row, params);
+            for &token in &params.banned {
+                if let Some(logit) = row.get_mut(token as usize) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
             self.draw(&row, params, position)
         };
         self.row = row;

@@ -21,6 +21,7 @@ const WINDOW_CONTEXT: usize = 8;
 pub struct Detokenizer {
     vocabulary: Arc<Vocabulary>,
     state: State,
+    special: bool,
 }
 
 #[derive(Clone)]
@@ -49,7 +50,35 @@ impl Detokenizer {
             Kind::Metaspace { .. } => State::Metaspace { first: true },
             Kind::Window => State::Window(Window::default()),
         };
-        Self { vocabulary, state }
+        Self {
+            vocabulary,
+            state,
+            special: false,
+        }
+    }
+
+    /// Special tokens give their names from now on.
+    #[must_use]
+    pub fn with_special(mut self) -> Self {
+        self.special = true;
+        self
+    }
+
+    /// Takes a prompt as [`Detokenizer::prime`] does and appends its text: what is left of a character at its end
+    /// comes with the answer.
+    pub fn echo(&mut self, prompt: &[u32], out: &mut String) {
+        for id in prompt {
+            self.push(*id, out);
+        }
+        if let State::Plain {
+            run,
+            strip,
+            scratch,
+        } = &mut self.state
+        {
+            run.commit(scratch);
+            strip_start(strip, scratch, out);
+        }
     }
 
     /// Tells what comes before the answer, so that its first word keeps its space and a
@@ -83,10 +112,13 @@ impl Detokenizer {
 
     /// Takes one token and appends the text that is decided.
     pub fn push(&mut self, id: u32, out: &mut String) {
-        let piece = self.vocabulary.piece(id);
-        if piece == Piece::Nothing {
-            return;
-        }
+        let piece = match self.vocabulary.piece(id) {
+            Piece::Nothing if self.special && self.vocabulary.is_special(id) => {
+                Piece::Text(self.vocabulary.bytes(id))
+            }
+            Piece::Nothing => return,
+            piece => piece,
+        };
         match (&mut self.state, piece) {
             (State::ByteLevel(lossy), Piece::Text(bytes)) => lossy.push(bytes, out),
             (

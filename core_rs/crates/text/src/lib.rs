@@ -4,6 +4,8 @@
 //! Pure: files are read once, in [`TextModel::load`]; everything else is memory in, memory out.
 
 mod bytes;
+mod chat;
+mod control;
 mod detok;
 mod json_size;
 mod load;
@@ -14,9 +16,11 @@ mod stop;
 mod template;
 mod vocabulary;
 
+pub use chat::{Chat, Message, ToolCall};
 pub use detok::Detokenizer;
 pub use json_size::json_within;
 pub use load::LoadError;
+pub use minijinja::Value as TemplateValue;
 pub use model::{EncodeError, TextModel};
 pub use stop::{Out, StopMatcher};
-pub use template::{Message, TemplateError};
+pub use template::TemplateError;

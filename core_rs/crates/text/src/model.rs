@@ -13,10 +13,12 @@ use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::processors::PostProcessorWrapper;
 
+use crate::chat::Parsed;
+use crate::control::{Control, Guard};
 use crate::load::{inline_template, read_object, read_optional, token_ids, token_text};
-use crate::template::{SpecialTokens, Template};
+use crate::template::{Manner, SpecialTokens, Template};
 use crate::vocabulary::Vocabulary;
-use crate::{Detokenizer, LoadError, Message, TemplateError};
+use crate::{Chat, Detokenizer, LoadError, Message, TemplateError};
 
 /// A prompt that cannot be turned into token ids.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -34,6 +36,8 @@ pub enum EncodeError {
 pub struct TextModel {
     vocabulary: Arc<Vocabulary>,
     template: Option<Arc<Template>>,
+    /// None when texts may hold control tokens, or there are none.
+    control: Option<Arc<Control>>,
     bos: Option<(String, u32)>,
     eos_ids: Arc<[u32]>,
 }
@@ -77,9 +81,13 @@ impl TextModel {
             .and_then(|text| known(&text).map(|id| (text, id)));
         let eos_ids = eos_ids(dir, &config_path, special.eos.as_deref(), &vocabulary)?;
         let template = load_template(dir, &config_path, &config, special)?;
+        let plain = template.as_ref().map(plain_chat).unwrap_or_default();
+        let control = Control::of(&vocabulary, &plain)
+            .map_err(|error| LoadError::new(&tokenizer_path, "added_tokens", error.to_string()))?;
         Ok(Self {
             vocabulary,
             template: template.map(Arc::new),
+            control: control.map(Arc::new),
             bos,
             eos_ids,
         })
@@ -104,27 +112,59 @@ impl TextModel {
         Ok(ids)
     }
 
+    /// Text of clients may hold control tokens: they are tokens then, as in the template's own text.
+    #[must_use]
+    pub fn with_control_in_text(mut self) -> Self {
+        self.control = None;
+        self
+    }
+
     /// The prompt text of a chat.
-    pub fn render_chat(
-        &self,
-        messages: &[Message<'_>],
-        add_generation_prompt: bool,
-    ) -> Result<String, TemplateError> {
+    pub fn render_chat(&self, chat: &Chat<'_>) -> Result<String, TemplateError> {
         let template = self.template.as_ref().ok_or(TemplateError::Missing)?;
-        template.render(messages, add_generation_prompt)
+        let parsed = Parsed::new(chat);
+        let manner = Manner {
+            end: unused(None, &parsed, template, 1)?[0],
+            ..Manner::OPEN
+        };
+        template.render(&parsed, &manner)
+    }
+
+    /// Variables of the chat template that a request may set, sorted.
+    pub fn template_variables(&self) -> Vec<String> {
+        let template = self.template.as_ref();
+        template.map_or_else(Vec::new, |template| template.variables())
     }
 
     /// Token ids of a chat.
     ///
     /// The template writes every special token that belongs into the prompt, so none is added
-    /// after it (as `apply_chat_template` of transformers does): BOS is never doubled.
-    pub fn encode_chat(
-        &self,
-        messages: &[Message<'_>],
-        add_generation_prompt: bool,
-    ) -> Result<Vec<u32>, EncodeError> {
-        let prompt = self.render_chat(messages, add_generation_prompt)?;
-        self.encode(&prompt, false)
+    /// after it (as `apply_chat_template` of transformers does): BOS is never doubled. Text of the
+    /// messages is text: what only looks like a control token is encoded as the characters it has.
+    pub fn encode_chat(&self, chat: &Chat<'_>) -> Result<Vec<u32>, EncodeError> {
+        let template = self.template.as_ref().ok_or(TemplateError::Missing)?;
+        let parsed = Parsed::new(chat);
+        let tokenizer = self.vocabulary.tokenizer();
+        let guarded = self.control.as_deref().filter(|control| {
+            let mut needed = !parsed.is_plain();
+            parsed.visit(&mut |text| needed = needed || control.concerns(text));
+            needed
+        });
+        let Some(control) = guarded else {
+            return self.encode(&self.render_chat(chat)?, false);
+        };
+        let free = unused(Some(control), &parsed, template, control.firsts() + 2)?;
+        let (end, bar, veils) = (free[0], free[1], &free[2..]);
+        let render = |guard| template.render(&parsed, &Manner { guard, end });
+        let mut prompt = render(Guard::Barred(control, tokenizer, bar))?;
+        // A template that takes texts apart may put a control token together. Where the characters that they begin
+        // with are veiled in texts, all that are left are the template's.
+        if let Ok(veiled) = render(Guard::Veiled(control, veils))
+            && control.count(&prompt) > control.count(&veiled)
+        {
+            prompt = control.unveil(&veiled, veils, bar);
+        }
+        control.encode(tokenizer, &prompt, bar)
     }
 
     /// Text of token ids decoded at once; special tokens and unknown ids give no text.
@@ -167,6 +207,33 @@ impl TextModel {
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
     }
+}
+
+/// What a template makes of two turns; empty when it does not take them.
+fn plain_chat(template: &Template) -> String {
+    let message = |role| Message {
+        role,
+        content: "hello",
+        ..Message::default()
+    };
+    let turns = [message("user"), message("assistant"), message("user")];
+    template.try_out(&turns, false).unwrap_or_default()
+}
+
+/// Characters that occur nowhere in a chat and its template.
+fn unused(
+    control: Option<&Control>,
+    parsed: &Parsed<'_>,
+    template: &Template,
+    count: usize,
+) -> Result<Vec<char>, TemplateError> {
+    let mut used = template.symbols().clone();
+    parsed.visit(&mut |text| used.extend(text.chars().filter(|c| Control::is_bar(*c))));
+    let free = match control {
+        Some(control) => control.unused(count, &used),
+        None => Control::free(count, &used),
+    };
+    free.ok_or(TemplateError::TooMuchWork)
 }
 
 fn load_tokenizer(path: &Path) -> Result<Tokenizer, LoadError> {

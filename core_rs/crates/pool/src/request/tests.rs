@@ -99,11 +99,19 @@ fn an_answer_that_is_held_has_a_limit() {
         };
         Wishes::check(&request, CAPACITY).unwrap()
     };
+    let golden = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../../tests/fixtures/golden/llama-tiny"
+    );
+    let detokenizer = helix_text::TextModel::load(golden.as_ref())
+        .unwrap()
+        .detokenizer();
     let prompt = |max_new| Prompt {
         ids: vec![1; 8].into(),
         max_new,
         shared: 0,
         echo: None,
+        detokenizer: detokenizer.clone(),
     };
     // Two choices of 2^20 tokens, each with one alternative.
     let most = 1 << 20;
@@ -130,8 +138,10 @@ fn an_answer_that_is_held_has_a_limit() {
 fn the_context_is_shared_by_prompt_and_answer() {
     assert_eq!(room(10, None, 16, "prompt").unwrap(), 6);
     assert_eq!(room(10, Some(6), 16, "prompt").unwrap(), 6);
+    assert_eq!(room(10, Some(7), 16, "prompt").unwrap(), 6);
+    assert_eq!(room(10, Some(u32::MAX), 16, "prompt").unwrap(), 6);
     assert_eq!(room(16, Some(0), 16, "prompt").unwrap(), 0);
-    for (prompt, wanted) in [(16, None), (10, Some(7)), (17, Some(0)), (40, None)] {
+    for (prompt, wanted) in [(16, None), (16, Some(7)), (17, Some(0)), (40, None)] {
         let error = room(prompt, wanted, 16, "messages").unwrap_err();
         assert_eq!(error.code, Code::ContextLengthExceeded);
         assert!(

@@ -157,11 +157,12 @@ async fn a_chat_goes_through_the_template() {
     let message = ChatMessage {
         role: "user".into(),
         content: "hij".into(),
-        name: None,
+        ..ChatMessage::default()
     };
     let chat = Chat {
         messages: vec![message.clone()],
         add_generation_prompt: true,
+        ..Chat::default()
     };
     let input = Input {
         kind: Some(Kind::Chat(chat)),

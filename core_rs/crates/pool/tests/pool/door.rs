@@ -43,7 +43,7 @@ async fn wrong_requests_are_refused_with_a_reason() {
     );
 
     for (prompt, max_tokens) in [
-        ("abc", Some(14)),
+        ("abcdefghijklmnop", Some(14)),
         ("abcdefghijklmnop", None),
         ("abcdefghijklmnopq", Some(0)),
     ] {
@@ -74,6 +74,7 @@ async fn wrong_requests_are_refused_with_a_reason() {
         Some(Kind::Chat(Chat {
             messages,
             add_generation_prompt: true,
+            ..Chat::default()
         }))
     };
     let cases = [

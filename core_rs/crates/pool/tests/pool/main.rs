@@ -5,6 +5,7 @@
 mod answers;
 mod device;
 mod door;
+mod ends;
 mod failures;
 mod harness;
 mod owners;

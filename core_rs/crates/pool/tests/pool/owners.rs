@@ -68,13 +68,14 @@ fn chat(system: &str, user: &str, owner: Owner) -> GenerateRequest {
     let message = |role: &str, content: &str| ChatMessage {
         role: role.into(),
         content: content.into(),
-        name: None,
+        ..ChatMessage::default()
     };
     GenerateRequest {
         inputs: vec![Input {
             kind: Some(Kind::Chat(Chat {
                 messages: vec![message("system", system), message("user", user)],
                 add_generation_prompt: true,
+                ..Chat::default()
             })),
         }],
         owner: Some(owner),

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use helix_text::Message;
+use helix_text::{Chat, Message};
 use serde_json::Value;
 
 use crate::checkpoint::{GOLDEN, golden, golden_dir};
@@ -43,16 +43,17 @@ fn chats_render_and_encode_the_same() {
                     role: message["role"].as_str().unwrap(),
                     content: message["content"].as_str().unwrap(),
                     name: None,
+                    ..Message::default()
                 })
                 .collect();
             let model = golden(name);
             assert_eq!(
-                model.render_chat(&messages, true).unwrap(),
+                model.render_chat(&Chat::new(&messages, true)).unwrap(),
                 chat["rendered"],
                 "{name}"
             );
             assert_eq!(
-                model.encode_chat(&messages, true).unwrap(),
+                model.encode_chat(&Chat::new(&messages, true)).unwrap(),
                 ids(&chat["input_ids"]),
                 "{name}"
             );

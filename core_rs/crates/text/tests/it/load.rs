@@ -1,6 +1,6 @@
 //! Checkpoints that load, and the errors of those that do not.
 
-use helix_text::{EncodeError, Message, TemplateError};
+use helix_text::{Chat, EncodeError, Message, TemplateError};
 use serde_json::json;
 
 use crate::checkpoint::{Checkpoint, words};
@@ -9,6 +9,9 @@ const HELLO: [Message<'static>; 1] = [Message {
     role: "user",
     content: "hello",
     name: None,
+    reasoning: None,
+    tool_calls: &[],
+    tool_call_id: None,
 }];
 
 #[test]
@@ -140,18 +143,26 @@ fn the_template_file_wins_over_the_inline_one() {
         .with("tokenizer_config.json", r#"{"chat_template": "inline"}"#)
         .with("chat_template.jinja", "file");
     assert_eq!(
-        model.load().unwrap().render_chat(&HELLO, true).unwrap(),
+        model
+            .load()
+            .unwrap()
+            .render_chat(&Chat::new(&HELLO, true))
+            .unwrap(),
         "file"
     );
     let model = model.without("chat_template.jinja");
     assert_eq!(
-        model.load().unwrap().render_chat(&HELLO, true).unwrap(),
+        model
+            .load()
+            .unwrap()
+            .render_chat(&Chat::new(&HELLO, true))
+            .unwrap(),
         "inline"
     );
     let list = r#"{"chat_template": [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ bos_token }}!"}],
                    "bos_token": {"content": "<s>", "lstrip": false}}"#;
     let model = model.with("tokenizer_config.json", list).load().unwrap();
-    assert_eq!(model.render_chat(&HELLO, true).unwrap(), "<s>!");
+    assert_eq!(model.render_chat(&Chat::new(&HELLO, true)).unwrap(), "<s>!");
     assert_eq!(model.bos_id(), Some(1));
 }
 
@@ -159,7 +170,7 @@ fn the_template_file_wins_over_the_inline_one() {
 fn without_a_template_chats_are_refused() {
     let model = Checkpoint::small().load().unwrap();
     assert!(!model.has_chat_template());
-    let error = model.encode_chat(&HELLO, true).unwrap_err();
+    let error = model.encode_chat(&Chat::new(&HELLO, true)).unwrap_err();
     assert_eq!(error, EncodeError::Template(TemplateError::Missing));
     assert!(error.to_string().contains("/v1/completions"), "{error}");
 }

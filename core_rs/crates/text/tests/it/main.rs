@@ -3,6 +3,7 @@
 
 mod checkpoint;
 mod chunks;
+mod control;
 mod detok;
 mod golden;
 mod load;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use helix_text::{Message, TemplateError, TextModel};
+use helix_text::{Chat, Message, TemplateError, TextModel};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
@@ -20,11 +20,12 @@ fn user(content: &str) -> Message<'_> {
         role: "user",
         content,
         name: None,
+        ..Message::default()
     }
 }
 
 fn render(template: &str, content: &str) -> Result<String, TemplateError> {
-    model(template).render_chat(&[user(content)], true)
+    model(template).render_chat(&Chat::new(&[user(content)], true))
 }
 
 /// The line with the date changes every day.
@@ -53,10 +54,11 @@ fn templates_render_as_jinja2_renders_them() {
                 role: message["role"].as_str().unwrap(),
                 content: message["content"].as_str().unwrap(),
                 name: message["name"].as_str(),
+                ..Message::default()
             })
             .collect();
         match (
-            model.render_chat(&messages, true),
+            model.render_chat(&Chat::new(&messages, true)),
             case["rendered"].as_str(),
         ) {
             (Ok(found), Some(expected)) => assert_eq!(undated(&found), undated(expected), "{name}"),
@@ -139,9 +141,12 @@ fn long_chats_stay_within_the_work_limit() {
             role: if at % 2 == 0 { "user" } else { "assistant" },
             content: &text,
             name: None,
+            ..Message::default()
         })
         .collect();
-    let prompt = model(template).render_chat(&messages, true).unwrap();
+    let prompt = model(template)
+        .render_chat(&Chat::new(&messages, true))
+        .unwrap();
     assert!(prompt.len() > 20_000_000);
 }
 
@@ -151,13 +156,20 @@ fn developer_is_system_unless_the_template_knows_it() {
         role: "developer",
         content: "x",
         name: None,
+        ..Message::default()
     };
     let old = model("{% for m in messages %}{{ m.role }}{% endfor %}");
-    assert_eq!(old.render_chat(&[message], false).unwrap(), "system");
+    assert_eq!(
+        old.render_chat(&Chat::new(&[message], false)).unwrap(),
+        "system"
+    );
     let new = model(
         "{% for m in messages %}{{ m.role }}{% if m.role == 'developer' %}!{% endif %}{% endfor %}",
     );
-    assert_eq!(new.render_chat(&[message], false).unwrap(), "developer!");
+    assert_eq!(
+        new.render_chat(&Chat::new(&[message], false)).unwrap(),
+        "developer!"
+    );
 }
 
 #[test]
@@ -178,17 +190,29 @@ fn names_and_the_generation_prompt_reach_the_template() {
         role: "user",
         content: "",
         name: Some("Zoë"),
+        ..Message::default()
     };
-    assert_eq!(model.render_chat(&[message], true).unwrap(), "Zoë+!");
-    assert_eq!(model.render_chat(&[user("")], false).unwrap(), "!");
-    assert_eq!(model.render_chat(&[user("")], true).unwrap(), "+!");
+    assert_eq!(
+        model.render_chat(&Chat::new(&[message], true)).unwrap(),
+        "Zoë+!"
+    );
+    assert_eq!(
+        model.render_chat(&Chat::new(&[user("")], false)).unwrap(),
+        "!"
+    );
+    assert_eq!(
+        model.render_chat(&Chat::new(&[user("")], true)).unwrap(),
+        "+!"
+    );
 }
 
 #[test]
 fn a_template_without_bos_gets_none() {
     let model = model("{{ messages[0].content }}");
     assert_eq!(
-        model.encode_chat(&[user("hello world")], true).unwrap(),
+        model
+            .encode_chat(&Chat::new(&[user("hello world")], true))
+            .unwrap(),
         [3, 4]
     );
 }

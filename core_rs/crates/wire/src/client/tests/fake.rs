@@ -65,6 +65,7 @@ pub(super) fn model(id: &str, alias: &str) -> v1::ModelInfo {
         created: 1,
         max_model_len: 100,
         vocab_size: 10,
+        ..v1::ModelInfo::default()
     }
 }
 
