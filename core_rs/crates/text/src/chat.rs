@@ -101,9 +101,14 @@ impl<'a> Parsed<'a> {
         }
     }
 
-    /// Whether it holds nothing but texts of messages.
+    /// Whether it holds nothing but turns of people and assistants.
     pub(crate) fn is_plain(&self) -> bool {
-        self.arguments.is_empty() && self.chat.variables.is_empty()
+        let results = self
+            .chat
+            .messages
+            .iter()
+            .any(|message| message.role == "tool");
+        self.arguments.is_empty() && self.chat.variables.is_empty() && !results
     }
 
     /// The calls of each message as templates take them. `parsed`: arguments as mappings, not as text.

@@ -354,7 +354,10 @@ impl Template {
                 return form;
             }
         }
-        self.traits.knows_results = self.shows(&[user, result], &parts[2..]);
+        // A template that fails here says itself what it refuses; one that is silent would forget results.
+        let results = [user, result];
+        self.traits.knows_results =
+            self.try_out(&results, true).is_err() || self.shows(&results, &parts[2..]);
         Tools::Unknown
     }
 

@@ -13,7 +13,7 @@ const STOP: i32 = FinishReason::Stop as i32;
 const LENGTH: i32 = FinishReason::Length as i32;
 
 /// Chooses these tokens after a prompt of so many.
-struct Script(usize, Vec<i32>);
+struct Script(usize, Vec<i32>, Vec<i32>);
 
 impl StepEngine for Script {
     type Error = String;
@@ -33,9 +33,11 @@ impl StepEngine for Script {
 
     fn step(&mut self, batch: &Batch) -> Result<Candidates<'_>, String> {
         let at = usize::try_from(batch.past[0] + batch.counts[0]).unwrap() - self.0;
-        let rows = batch.rows();
-        self.1.resize(self.1.len().max(at + rows), 97);
-        Ok(Candidates::Tokens(&self.1[at..at + rows]))
+        self.2 = vec![97; batch.rows()];
+        if let (Some(row), Some(token)) = (self.2.last_mut(), self.1.get(at)) {
+            *row = *token;
+        }
+        Ok(Candidates::Tokens(&self.2))
     }
 }
 
@@ -78,7 +80,11 @@ async fn nothing_ends_an_answer_before_its_least_length() {
 #[tokio::test]
 async fn an_engine_that_chooses_by_itself_goes_on_too() {
     let eos = EOS.cast_signed();
-    let mut pool = start(Script(1, vec![eos, 97, eos, 98, eos]), options()).await;
+    let mut pool = start(
+        Script(1, vec![eos, 97, eos, 98, eos], Vec::new()),
+        options(),
+    )
+    .await;
     let answer = pool
         .answer(GenerateRequest {
             min_tokens: 3,
@@ -154,7 +160,11 @@ async fn more_than_there_is_room_for_is_cut() {
 async fn an_echo_does_not_repeat_the_character_in_which_the_prompt_ends() {
     let euro = "\u{20AC}".as_bytes();
     for logprobs in [None, Some(0)] {
-        let mut pool = start(Script(3, vec![i32::from(euro[2]), 97]), options()).await;
+        let mut pool = start(
+            Script(3, vec![i32::from(euro[2]), 97], Vec::new()),
+            options(),
+        )
+        .await;
         let ids = [b'x', euro[0], euro[1]].map(u32::from).to_vec();
         let request = |max_tokens| GenerateRequest {
             inputs: vec![Input {
