@@ -125,10 +125,12 @@ def guidellm(stack: Stack, folder: Path) -> int:
         run([str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", GUIDELLM], folder, INSTALL_S)
     report = folder / "benchmarks.json"
     report.unlink(missing_ok=True)
-    command = [str(venv / "bin" / "guidellm"), "benchmark", "run", "--target", stack.url, "--model", "gpt-4"]
-    command += ["--processor", str(GOLDEN / "llama-tiny"), "--data", "prompt_tokens=16,output_tokens=8"]
-    command += ["--profile", "synchronous", "--max-requests", str(REQUESTS), "--output-path", str(report)]
-    command += ["--backend-kwargs", json.dumps({"api_key": "demo-key"})]
+    backend = f"kind=openai_http,target={stack.url},model=gpt-4,api_key=demo-key,verify=true"
+    command = [str(venv / "bin" / "guidellm"), "run", "--disable-console", "--backend", backend]
+    command += ["--profile", "kind=synchronous", "--constraint", f"kind=max_requests,count={REQUESTS}"]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={GOLDEN / 'llama-tiny'}"]
+    command += ["--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=8"]
+    command += ["--output", f"kind=json,path={report}"]
     run(command, folder, RUN_S, **trusting(stack), HF_HUB_OFFLINE="1")
     benchmark = json.loads(report.read_text())["benchmarks"][0]
     return int(benchmark["metrics"]["request_totals"]["successful"])
