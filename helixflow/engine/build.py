@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from helixflow import __version__
 from helixflow.engine.base import DamagedFileError, EngineError, Float32
+from helixflow.engine.folder import TEXT_FILES, contained
 from helixflow.engine.kinds import AnyPrecision, Provider
 from helixflow.engine.manifest import Manifest, Source, digest, engine_key, file_sha256, tool_versions
 from helixflow.engine.onnx_graph import NUMPY_TYPES, compute_type, padded_head, write_onnx
@@ -47,8 +48,10 @@ class Job:
     device: str
     write: Callable[["Job", Path, Manifest, Progress], Manifest]
 
-    def manifest(self, sources: dict[str, Source]) -> Manifest:
-        """What is known before anything is written."""
+    def manifest(self, known: dict[str, Source], progress: Progress) -> Manifest:
+        """What is known before anything is written; `known`: hashes of files that need not be read again."""
+        sources = _sources([self.model_dir / CONFIG, *self.checkpoint.files], known, progress)
+        texts = [self.model_dir / name for name in TEXT_FILES if (self.model_dir / name).exists()]
         recipe = self.recipe
         return Manifest(
             model=self.model_dir.name,
@@ -64,6 +67,7 @@ class Job:
             versions=self.versions,
             shapes=_shapes(self.spec, recipe),
             sources=sources,
+            texts=_sources([contained(path) for path in texts], known, silent),
             files={},
         )
 
@@ -103,13 +107,13 @@ def build(
     job = _job(model_dir, recipe, toolkit)
     home = root / model_name(job.model_dir)
     with locked(home):
-        manifest = job.manifest(_sources(job.model_dir, job.checkpoint, known_sources(home), progress))
+        manifest = job.manifest(known_sources(home), progress)
         directory = home / manifest.key
         found = existing(directory, replace_damaged, progress)
         if found is None:
             manifest = publish(directory, lambda place: job.write(job, place, manifest, progress))
             return Built(directory, manifest, cached=False)
-        return Built(directory, _merged(found, manifest, directory), cached=True)
+        return Built(directory, _merged(job, found, manifest, directory), cached=True)
 
 
 def find(model_dir: Path, root: Path, recipe: Recipe, sm: int, toolkit: "Toolkit") -> Built | None:
@@ -118,7 +122,7 @@ def find(model_dir: Path, root: Path, recipe: Recipe, sm: int, toolkit: "Toolkit
     job = _job(model_dir, recipe, toolkit)
     home = root / model_name(job.model_dir)
     with locked(home):
-        wanted = job.manifest(_sources(job.model_dir, job.checkpoint, known_sources(home), silent))
+        wanted = job.manifest(known_sources(home), silent)
     fitting = []
     for directory, manifest in manifests(home):
         known = manifest.recipe
@@ -175,7 +179,7 @@ def _job(model_dir: Path, recipe: Recipe, toolkit: "Toolkit | None") -> Job:
         files, options = artefact.write_artefact(
             place, library, job.spec, job.recipe, weights, toolkit.compile, progress
         )
-        return dataclasses.replace(manifest, options=options, files={**files, **_copy_config(job, place, manifest)})
+        return dataclasses.replace(manifest, options=options, files={**files, **_copy_small(job, place, manifest)})
 
     versions = {"helixflow": __version__, library.kind: library.version}
     return Job(model_dir, spec, checkpoint, recipe, versions, device, write)
@@ -206,7 +210,7 @@ def _write_onnx(job: Job, place: Path, manifest: Manifest, progress: Progress) -
         return tensor
 
     files = write_onnx(job.spec, manifest.precision, read, place, job.recipe.provider)
-    return dataclasses.replace(manifest, files={**files, **_copy_config(job, place, manifest)})
+    return dataclasses.replace(manifest, files={**files, **_copy_small(job, place, manifest)})
 
 
 def _finite(checkpoint: Checkpoint, name: str) -> Float32:
@@ -217,37 +221,53 @@ def _finite(checkpoint: Checkpoint, name: str) -> Float32:
     return tensor
 
 
-def _copy_config(job: Job, place: Path, manifest: Manifest) -> dict[str, str]:
-    """Copies config.json, last: it must still be the one that was read. Returns its hash by name."""
-    shutil.copyfile(job.model_dir / CONFIG, place / CONFIG)
-    found = file_sha256(place / CONFIG)
-    if found != manifest.sources[CONFIG].sha256:
-        raise EngineError(f"{job.model_dir / CONFIG} changed while the engine was built: build again")
-    return {CONFIG: found}
+def _copy_small(job: Job, place: Path, manifest: Manifest) -> dict[str, str]:
+    """Copies config.json and the texts, last: they must still be what was read. Returns their hashes by name."""
+    return {
+        name: _copy(job.model_dir / name, place / name, source)
+        for name, source in {CONFIG: manifest.sources[CONFIG], **manifest.texts}.items()
+    }
 
 
-def _merged(found: Manifest, wanted: Manifest, directory: Path) -> Manifest:
-    """Of an engine that was there already: its defaults for loading, and where its checkpoint is now."""
+def _copy(origin: Path, place: Path, source: Source) -> str:
+    """Replaces `place` by a copy of `origin` in one step; returns its hash. Raises EngineError."""
+    temporary = place.with_name(f".{place.name}.new")
+    shutil.copyfile(origin, temporary)
+    found = file_sha256(temporary)
+    if found != source.sha256:
+        temporary.unlink()
+        raise EngineError(f"{origin} changed while the engine was built: build again")
+    temporary.replace(place)
+    return found
+
+
+def _merged(job: Job, found: Manifest, wanted: Manifest, directory: Path) -> Manifest:
+    """Of an engine that was there already: its defaults for loading, where its checkpoint is now, and its texts."""
+    kept = {name: value for name, value in found.files.items() if name not in TEXT_FILES or name in wanted.texts}
     merged = dataclasses.replace(
         found,
         slots=wanted.slots or found.slots,
         max_len=wanted.max_len or found.max_len,
         checkpoint=wanted.checkpoint,
         sources=wanted.sources,
+        texts=wanted.texts,
+        files={**kept, **{name: source.sha256 for name, source in wanted.texts.items()}},
     )
     if merged != found:
         try:
+            for name, source in wanted.texts.items():
+                if found.files.get(name) != source.sha256:
+                    _copy(job.model_dir / name, directory / name, source)
             merged.write(directory)
+            for name in found.files.keys() - merged.files.keys():
+                (directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise EngineError(f"{directory}: cannot be written: {error.strerror or error}") from error
     return merged
 
 
-def _sources(
-    model_dir: Path, checkpoint: Checkpoint, known: dict[str, Source], progress: Progress
-) -> dict[str, Source]:
-    """Hashes of config.json and the weight files; a file with the recorded size and time is not read again."""
-    paths = [model_dir / CONFIG, *checkpoint.files]
+def _sources(paths: Sequence[Path], known: dict[str, Source], progress: Progress) -> dict[str, Source]:
+    """Hashes of files by name; one with the recorded size and time is not read again."""
     total, done = sum(path.stat().st_size for path in paths), 0
     sources = {}
     for path in paths:

@@ -17,7 +17,9 @@ from helixflow.engine.reader import read_json
 from helixflow.engine.recipe import Recipe
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
+LARGEST_MANIFEST = 32 << 20
+"""Bytes: it names every file of the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,8 @@ class Manifest:
 
     `checkpoint`: where the checkpoint was. `options`: of TensorRT engines, what they were built with. `device`: the GPU
     that a plan was built on, when it runs on no other. `shapes`: sizes of the decoder and of one slot's cache.
-    `sources`, `files`: by file name. On disk it carries a hash of itself, because everything else is trusted by what it
-    says.
+    `sources`, `texts`, `files`: by file name; `texts`: tokeniser and chat template, which no file of the engine depends
+    on. On disk it carries a hash of itself, because everything else is trusted by what it says.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Manifest:
     versions: Mapping[str, str]
     shapes: Mapping[str, int]
     sources: Mapping[str, Source]
+    texts: Mapping[str, Source]
     files: Mapping[str, str]
     format: int = FORMAT
 
@@ -84,22 +87,24 @@ class Manifest:
     def read(cls, directory: Path) -> "Manifest":
         """Raises DamagedFileError."""
         path = directory / MANIFEST
-        data = read_json(path)
+        data = read_json(path, LARGEST_MANIFEST)
         if data.get("format") != FORMAT:
             found = data.get("format")
             raise DamagedFileError(path, "format", f"is {found!r}, this version reads {FORMAT}; {REBUILD}")
         if data.pop("sha256", None) != digest(data):
             raise DamagedFileError(path, "sha256", f"differs from the content, which was changed; {REBUILD}")
         try:
-            sources = {name: Source(**source) for name, source in data.pop("sources").items()}
-            manifest = cls(**data, sources=sources)
+            sources, texts = (
+                {name: Source(**source) for name, source in data.pop(kind).items()} for kind in ("sources", "texts")
+            )
+            manifest = cls(**data, sources=sources, texts=texts)
         except (KeyError, TypeError, AttributeError) as error:
             raise DamagedFileError(path, "", f"is not a manifest: {error}") from error
         manifest._check(path)
         return manifest
 
     def _check(self, path: Path) -> None:
-        for key, names in (("files", self.files), ("sources", self.sources)):
+        for key, names in (("files", self.files), ("sources", self.sources), ("texts", self.texts)):
             if not isinstance(names, dict) or any(Path(name).name != name for name in names):
                 raise DamagedFileError(path, key, "must map file names to hashes")
         for key in ("slots", "max_len"):

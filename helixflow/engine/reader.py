@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from helixflow.engine.base import DamagedFileError, UnsupportedModelError
+from helixflow.engine.folder import read_bounded
 
 LARGEST = 1 << 31
+LARGEST_JSON = 1 << 20
+"""Bytes: the largest config.json in use has a tenth of it, and parsing takes up to fifty times the size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +31,18 @@ class Reader:
         """The error of a key whose value is not supported."""
         return UnsupportedModelError(self.path, self.prefix + key, reason)
 
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number in 0 .. 2^31 - 1; a missing (or null) key takes the default."""
+    def whole(self, key: str, default: int | None = None, most: int = LARGEST - 1) -> int:
+        """A whole number in 0 .. `most`; a missing (or null) key takes the default."""
         value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
             raise self.damaged(key, f"is {value!r}, expected a whole number")
+        if value > most:
+            raise self.unsupported(key, f"is {value}; at most {most} is supported")
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
-        value = self.whole(key, default)
+    def count(self, key: str, default: int | None = None, most: int = LARGEST - 1) -> int:
+        """A whole number in 1 .. `most`."""
+        value = self.whole(key, default, most)
         if value == 0:
             raise self.damaged(key, "is 0, expected at least 1")
         return value
@@ -65,12 +70,10 @@ class Reader:
         return default
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises DamagedFileError."""
+def read_json(path: Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes, inside its folder. Raises DamagedFileError."""
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DamagedFileError(path, "", f"cannot be read: {error.strerror or error}") from error
+        value = json.loads(read_bounded(path, limit))
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(path, "", f"is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from helixflow.engine.base import Batch, Candidates, Capacity, EngineError, Int32
+from helixflow.engine.folder import LARGEST_TOKENIZER
 from helixflow.engine.reader import Reader, read_json
 
 Script = Callable[[Int32], Int32]
@@ -172,7 +173,7 @@ def _eos(model_dir: Path, read: Reader) -> int:
 def _words(model_dir: Path, vocab_size: int, eos: int) -> list[int]:
     """Ids of tokens that are readable words, so that scripted text looks like text; any ids when there are none."""
     path = model_dir / "tokenizer.json"
-    vocabulary = read_json(path).get("model", {}).get("vocab", {}) if path.is_file() else {}
+    vocabulary = read_json(path, LARGEST_TOKENIZER).get("model", {}).get("vocab", {}) if path.is_file() else {}
     if not isinstance(vocabulary, dict):
         vocabulary = {}
     words = [

@@ -76,6 +76,20 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 
 
+LARGEST = {
+    "num_hidden_layers": 1024,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 22,
+    "max_position_embeddings": 1 << 27,
+}
+"""Eight times the largest model in use (Llama 3.1 405B: 126 layers of 16,384), and more. A file that says a billion
+layers would be worked on for hours before the first missing tensor is noticed."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A decoder: sizes and options. `windows[i]`: positions that layer i sees, itself included; None: all.
@@ -114,19 +128,19 @@ class ModelSpec:
         read = Reader(path, config)
         family = _family(read)
         _refuse_unknown_functions(read)
-        hidden, heads, layers = (read.count(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-        kv_heads = read.count("num_key_value_heads", heads if family.kv_heads is None else family.kv_heads)
+        hidden, heads, layers = (_size(read, k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+        kv_heads = _size(read, "num_key_value_heads", heads if family.kv_heads is None else family.kv_heads)
         if heads % kv_heads:
             raise read.unsupported("num_key_value_heads", f"{heads} heads do not divide into {kv_heads} groups")
-        head_dim = read.count("head_dim", family.head_dim or hidden // heads)
+        head_dim = _size(read, "head_dim", family.head_dim or hidden // heads)
         if head_dim % 2:
             raise read.unsupported("head_dim", f"{head_dim} is odd: rotary embedding needs pairs")
-        max_positions = read.count("max_position_embeddings", family.max_positions)
+        max_positions = _size(read, "max_position_embeddings", family.max_positions)
         return cls(
             family=family.name,
-            vocab_size=read.count("vocab_size"),
+            vocab_size=_size(read, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=read.count("intermediate_size"),
+            intermediate_size=_size(read, "intermediate_size"),
             layers=layers,
             heads=heads,
             kv_heads=kv_heads,
@@ -183,6 +197,10 @@ class ModelSpec:
     def parameters(self) -> int:
         """Number of weights."""
         return sum(math.prod(shape) for shape in self.tensors().values())
+
+
+def _size(read: Reader, key: str, default: int | None = None) -> int:
+    return read.count(key, default, LARGEST[key])
 
 
 def _family(read: Reader) -> Family:

@@ -54,7 +54,8 @@ def known_sources(home: Path) -> dict[str, Source]:
     known: dict[str, Source] = {}
     for directory, manifest in manifests(home):
         written = (directory / MANIFEST).stat().st_mtime_ns
-        known |= {name: source for name, source in manifest.sources.items() if written - source.changed_ns > SETTLED_NS}
+        sources = {**manifest.sources, **manifest.texts}
+        known |= {name: source for name, source in sources.items() if written - source.changed_ns > SETTLED_NS}
     return known
 
 
@@ -85,7 +86,8 @@ def publish(directory: Path, write: Callable[[Path], Manifest]) -> Manifest:
         shutil.rmtree(left, ignore_errors=True)
     temporary = work / directory.name
     try:
-        temporary.mkdir()
+        # Weights are a secret of some, and what is in them is executed: nobody else reads or writes them.
+        temporary.mkdir(mode=0o700)
         manifest = write(temporary)
         manifest.write(temporary)
         for name in (*manifest.files, MANIFEST):
@@ -105,7 +107,7 @@ def publish(directory: Path, write: Callable[[Path], Manifest]) -> Manifest:
 def locked(home: Path) -> Iterator[None]:
     """Holds the build lock of a model; freed by the system when the process dies."""
     try:
-        (home / WORK).mkdir(parents=True, exist_ok=True)
+        (home / WORK).mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (home / WORK / "lock").open("w")
     except OSError as error:
         raise EngineError(

@@ -15,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helixflow.engine.base import DamagedFileError, Float32, UnsupportedModelError
+from helixflow.engine.folder import contained
 from helixflow.engine.reader import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LARGEST_HEADER = 100_000_000
+LARGEST_HEADER = 16 << 20
+"""Bytes: 100,000 tensors in one file. Parsed, a header takes ten times as much memory."""
+LARGEST_INDEX = 32 << 20
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -56,7 +59,7 @@ class Checkpoint:
             self._read_index(index)
 
     def _read_index(self, index: Path) -> None:
-        places = read_json(index).get("weight_map")
+        places = read_json(index, LARGEST_INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise DamagedFileError(index, "weight_map", "is missing or empty")
         for name, file in places.items():
@@ -170,8 +173,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _existing(path: Path) -> Path:
-    if path.is_file():
-        return path
+    if path.exists():
+        return contained(path)
     others = sorted(p.name for p in path.parent.glob("*.bin")) + sorted(p.name for p in path.parent.glob("*.gguf"))
     hint = f" (found {others[0]}: convert it to safetensors first)" if others else ""
     raise DamagedFileError(path, "", f"is not there, and no {INDEX} beside it{hint}")

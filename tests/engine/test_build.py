@@ -19,7 +19,7 @@ from helixflow.cli import main
 from helixflow.engine.base import DamagedFileError, EngineError, Precision
 from helixflow.engine.build import Built, build, build_engine, model_name
 from helixflow.engine.load import load_engine
-from helixflow.engine.manifest import Manifest, digest, engine_key, file_sha256
+from helixflow.engine.manifest import FORMAT, Manifest, digest, engine_key, file_sha256
 from helixflow.engine.recipe import Recipe
 from tests.engine.support import (
     batch,
@@ -316,6 +316,8 @@ def test_an_engine_for_the_gpu_is_another_one(model: Path, root: Path) -> None:
 
 def test_an_engine_of_an_older_version_is_damaged_to_this_one(model: Path, root: Path) -> None:
     path = build_engine(model, root).directory / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
-    with pytest.raises(DamagedFileError, match=r"format: is 2, this version reads 3; run `helixflow engine build"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT - 1}))
+    with pytest.raises(
+        DamagedFileError, match=rf"format: is {FORMAT - 1}, this version reads {FORMAT}; run `helixflow engine build"
+    ):
         load_engine(path.parent)

@@ -218,6 +218,7 @@ def _artefact(
         versions={library.kind: library.version},
         shapes={},
         sources={},
+        texts={},
         files={},
     )
 

@@ -18,7 +18,7 @@ from helixflow.engine.base import DamagedFileError, ModelError, UnsupportedModel
 from helixflow.engine.reader import read_json
 from helixflow.engine.tensorrt.numeric import NUMPY
 from helixflow.engine.tensorrt.options import Compute
-from helixflow.engine.weights import FLOATS, Checkpoint, Entry
+from helixflow.engine.weights import FLOATS, LARGEST_INDEX, Checkpoint, Entry
 
 WEIGHTS = "weights.bin"
 INDEX = "weights.json"
@@ -122,7 +122,7 @@ class _Writer:
 def read_weights(directory: Path) -> dict[str, NDArray[Any]]:
     """Every tensor, mapped, in its own type. Raises DamagedFileError for an index that does not fit the file."""
     path = directory / INDEX
-    index = read_json(path)
+    index = read_json(path, LARGEST_INDEX)
     try:
         # What is empty cannot be mapped.
         size = (directory / WEIGHTS).stat().st_size
