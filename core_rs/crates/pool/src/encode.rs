@@ -184,6 +184,7 @@ fn refused(error: &EncodeError, param: &str) -> CoreError {
         EncodeError::Template(error) if error.is_client_fault() => {
             CoreError::invalid(param, error.to_string())
         }
+        EncodeError::Grows => CoreError::invalid(param, error.to_string()),
         _ => CoreError::new(Code::Internal, error.to_string()).with_param(param),
     }
 }

@@ -7,6 +7,7 @@ mod bytes;
 mod chat;
 mod control;
 mod detok;
+mod growth;
 mod json_size;
 mod load;
 mod model;

@@ -1,14 +1,18 @@
 //! The small files of a checkpoint: which tokens are special, which end a text, which template.
 
-use std::fs;
-use std::io::ErrorKind;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-/// Largest file that is read. The largest tokenizer.json in use is about 35 MB.
-const MAX_FILE_BYTES: u64 = 512 << 20;
+/// Largest tokenizer.json that is read. The largest one in use has about 35 MB, and loading takes ten times as much.
+pub(crate) const MAX_TOKENIZER_BYTES: u64 = 64 << 20;
+/// Largest chat template. Those in use stay below 100 KB; compiling takes a hundred times as much.
+pub(crate) const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
+/// Largest file of settings. A `tokenizer_config.json` with thousands of added tokens has 2 MB.
+const MAX_SETTINGS_BYTES: u64 = 16 << 20;
 
 /// A checkpoint file that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -40,31 +44,64 @@ impl LoadError {
     }
 }
 
-/// Reads a file that may be absent.
-pub(crate) fn read_optional(path: &Path) -> Result<Option<String>, LoadError> {
-    let size = match fs::metadata(path) {
-        Ok(meta) => meta.len(),
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(LoadError::new(path, "", format!("cannot be read: {error}"))),
+/// Reads a file that may be absent: a regular one, in its own folder, of at most `limit` bytes.
+///
+/// A checkpoint may come from a stranger: a link to a file elsewhere would hand out what this account may read, and a
+/// device or a pipe has no end.
+pub(crate) fn read_optional(path: &Path, limit: u64) -> Result<Option<String>, LoadError> {
+    let failed =
+        |error: &std::io::Error| LoadError::new(path, "", format!("cannot be read: {error}"));
+    let meta = match fs::metadata(path) {
+        Ok(meta) => meta,
+        Err(error) if error.kind() == ErrorKind::NotFound && !path.is_symlink() => return Ok(None),
+        Err(error) => return Err(failed(&error)),
     };
-    if size > MAX_FILE_BYTES {
-        let reason = format!("has {size} bytes; at most {MAX_FILE_BYTES} are read");
+    if !meta.is_file() {
+        return Err(LoadError::new(path, "", "is not a regular file"));
+    }
+    if !is_contained(path).map_err(|error| failed(&error))? {
+        let reason =
+            "is a link that leads out of the model's folder; put a copy of the file in its place";
         return Err(LoadError::new(path, "", reason));
     }
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == ErrorKind::InvalidData => Err(LoadError::new(
-            path,
-            "",
-            "is not UTF-8; the file is damaged",
-        )),
-        Err(error) => Err(LoadError::new(path, "", format!("cannot be read: {error}"))),
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|error| failed(&error))?;
+    file.take(limit + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| failed(&error))?;
+    if bytes.len() as u64 > limit {
+        let reason = format!("is larger than {limit} bytes, more than a file of this kind has");
+        return Err(LoadError::new(path, "", reason));
     }
+    String::from_utf8(bytes)
+        .map(Some)
+        .map_err(|_| LoadError::new(path, "", "is not UTF-8; the file is damaged"))
+}
+
+/// Whether a file lies in its folder, or, in a snapshot of a Hugging Face cache, in the `blobs` of the repository.
+fn is_contained(path: &Path) -> std::io::Result<bool> {
+    let target = path.canonicalize()?;
+    let Some(folder) = path.parent() else {
+        return Ok(false);
+    };
+    let folder = if folder.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        folder
+    }
+    .canonicalize()?;
+    let blobs = folder
+        .parent()
+        .filter(|parent| parent.file_name().is_some_and(|name| name == "snapshots"))
+        .and_then(|snapshots| snapshots.parent())
+        .map(|repository| repository.join("blobs"));
+    Ok(target.starts_with(&folder)
+        || blobs.is_some_and(|blobs| target.parent() == Some(blobs.as_path())))
 }
 
 /// Parses a JSON object; an absent file is an empty one.
 pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, LoadError> {
-    let Some(text) = read_optional(path)? else {
+    let Some(text) = read_optional(path, MAX_SETTINGS_BYTES)? else {
         return Ok(Map::new());
     };
     match serde_json::from_str::<Value>(&text) {

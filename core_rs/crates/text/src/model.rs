@@ -15,7 +15,11 @@ use tokenizers::processors::PostProcessorWrapper;
 
 use crate::chat::Parsed;
 use crate::control::{Control, Guard};
-use crate::load::{inline_template, read_object, read_optional, token_ids, token_text};
+use crate::growth::Growth;
+use crate::load::{
+    MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, inline_template, read_object, read_optional,
+    token_ids, token_text,
+};
 use crate::template::{Manner, SpecialTokens, Template};
 use crate::vocabulary::Vocabulary;
 use crate::{Chat, Detokenizer, LoadError, Message, TemplateError};
@@ -29,6 +33,11 @@ pub enum EncodeError {
     /// The tokeniser failed; the message is its own.
     #[error("the tokeniser could not encode the text: {0}")]
     Tokenizer(String),
+    /// The tokeniser's normaliser makes too much of the text.
+    #[error(
+        "the text grows too much when it is normalised for this model; send less of the characters that are spelled out, like ligatures"
+    )]
+    Grows,
 }
 
 /// Tokeniser, chat template and end-of-text ids of one checkpoint. Cheap to clone.
@@ -40,6 +49,7 @@ pub struct TextModel {
     control: Option<Arc<Control>>,
     bos: Option<(String, u32)>,
     eos_ids: Arc<[u32]>,
+    growth: Growth,
 }
 
 impl fmt::Debug for TextModel {
@@ -66,6 +76,8 @@ impl TextModel {
         let config = read_object(&config_path)?;
         let tokenizer_path = dir.join("tokenizer.json");
         let tokenizer = load_tokenizer(&tokenizer_path)?;
+        let growth = Growth::of(tokenizer.get_normalizer())
+            .map_err(|reason| LoadError::new(&tokenizer_path, "normalizer", reason))?;
         let vocabulary = Arc::new(Vocabulary::new(tokenizer, &tokenizer_path)?);
 
         let special = SpecialTokens {
@@ -90,12 +102,14 @@ impl TextModel {
             control: control.map(Arc::new),
             bos,
             eos_ids,
+            growth,
         })
     }
 
     /// Token ids of a text. `add_special` adds what the tokeniser's post-processor adds
     /// (usually BOS); a text that already starts with BOS gets no second one.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, EncodeError> {
+        self.check_growth(text)?;
         let encoding = self
             .vocabulary
             .tokenizer()
@@ -145,6 +159,14 @@ impl TextModel {
         let template = self.template.as_ref().ok_or(TemplateError::Missing)?;
         let parsed = Parsed::new(chat);
         let tokenizer = self.vocabulary.tokenizer();
+        // Looking for control tokens normalises each text by itself.
+        let mut grown = Ok(());
+        parsed.visit(&mut |text| {
+            if grown.is_ok() {
+                grown = self.check_growth(text);
+            }
+        });
+        grown?;
         let guarded = self.control.as_deref().filter(|control| {
             let mut needed = !parsed.is_plain();
             parsed.visit(&mut |text| needed = needed || control.concerns(text));
@@ -164,7 +186,17 @@ impl TextModel {
         {
             prompt = control.unveil(&veiled, veils, bar);
         }
+        self.check_growth(&prompt)?;
         control.encode(tokenizer, &prompt, bar)
+    }
+
+    fn check_growth(&self, text: &str) -> Result<(), EncodeError> {
+        let normalizer = self.vocabulary.tokenizer().get_normalizer();
+        if self.growth.allows(normalizer, text) {
+            Ok(())
+        } else {
+            Err(EncodeError::Grows)
+        }
     }
 
     /// Text of token ids decoded at once; special tokens and unknown ids give no text.
@@ -237,7 +269,7 @@ fn unused(
 }
 
 fn load_tokenizer(path: &Path) -> Result<Tokenizer, LoadError> {
-    let Some(text) = read_optional(path)? else {
+    let Some(text) = read_optional(path, MAX_TOKENIZER_BYTES)? else {
         let reason = "does not exist; a checkpoint needs the tokeniser in this format";
         return Err(LoadError::new(path, "", reason));
     };
@@ -293,13 +325,21 @@ fn load_template(
     special: SpecialTokens,
 ) -> Result<Option<Template>, LoadError> {
     let path = dir.join("chat_template.jinja");
-    let (file, key, source) = if let Some(source) = read_optional(&path)? {
+    let file = read_optional(&path, MAX_TEMPLATE_BYTES)?;
+    let (file, key, source) = if let Some(source) = file {
         (path.as_path(), "", source)
     } else if let Some(source) = inline_template(config_path, config)? {
         (config_path, "chat_template", source)
     } else {
         return Ok(None);
     };
+    if source.len() as u64 > MAX_TEMPLATE_BYTES {
+        let reason = format!(
+            "has {} bytes; at most {MAX_TEMPLATE_BYTES} are taken",
+            source.len()
+        );
+        return Err(LoadError::new(file, key, reason));
+    }
     Template::new(source, special)
         .map(Some)
         .map_err(|reason| LoadError::new(file, key, reason))
