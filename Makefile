@@ -4,29 +4,38 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_QUIET := 1
-SOURCES := helixflow tests perf engines
+SOURCES := helixflow tests perf engines .ci
+# Python packages come from the locks, by their hashes, and from nowhere else: see `make lock`.
+INSTALL := $(BIN)/python -m pip install --require-hashes --no-deps
+DEVELOP := PIP_NO_INDEX=1 $(BIN)/maturin develop --quiet
+LOCK = .build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+  $(LOCKFLAGS) --extra build pyproject.toml
 POSTGRES := /usr/lib/postgresql/15/bin
 APT := $(if $(filter 0,$(shell id -u)),apt-get,)
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-dev serve test test-rust test-python test-clients lint fmt bench certs proto demo-model constraints clean system
+.PHONY: help build build-dev serve test test-rust test-python test-clients lint fmt bench certs proto demo-model lock sbom deny clean \
+  system
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(VENV)/.base: constraints.txt
+$(VENV)/.base: requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet maturin
+	$(INSTALL) -r requirements.lock
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base requirements-dev.lock
+	$(INSTALL) -r requirements-dev.lock
 	touch $@
 
 build: $(VENV)/.base ## the extension (release profile) and the package, into .venv
-	$(BIN)/maturin develop --quiet --release
+	$(DEVELOP) --release
 
-build-dev: $(VENV)/.base # rtx: TensorRT-RTX builds engines without a GPU
-	$(BIN)/maturin develop --quiet --extras test,lint,rtx
+build-dev: $(VENV)/.dev
+	$(DEVELOP)
 
 serve: build ## certificates, demo model, all services; Ctrl-C stops them
 	$(BIN)/helixflow serve --profile development
@@ -68,8 +77,8 @@ fmt: $(VENV)/.base ## formats everything
 	$(BIN)/ruff check --fix $(SOURCES)
 	cargo fmt --all
 
-bench: $(VENV)/.base ## measures; writes perf/results/
-	$(BIN)/maturin develop --quiet --release --extras bench
+bench: $(VENV)/.dev ## measures; writes perf/results/
+	$(DEVELOP) --release
 	cargo build --release --package helix-loadgen
 	$(BIN)/python -m perf.bench
 
@@ -83,11 +92,18 @@ demo-model: $(VENV)/.base ## trains engines/demo anew (about an hour)
 	$(BIN)/python -m pip install --quiet jax optax safetensors tokenizers
 	$(BIN)/python -m engines.train_demo
 
-constraints: ## newest allowed Python packages into constraints.txt
-	rm -rf .build/lock && $(PYTHON) -m venv .build/lock
-	PIP_CONSTRAINT= .build/lock/bin/python -m pip install --quiet maturin '.[test,lint,rtx,bench]'
-	(head -n 1 constraints.txt; .build/lock/bin/python -m pip freeze --exclude helixflow) > .build/constraints.txt
-	mv .build/constraints.txt constraints.txt
+lock: ## the locks anew: what pyproject.toml asks for, with hashes; LOCKFLAGS=--upgrade takes the newest versions
+	$(PYTHON) -m venv .build/lock && .build/lock/bin/python -m pip install uv
+	$(LOCK) --output-file requirements.lock
+	$(LOCK) --constraint requirements.lock --extra test --extra lint --extra rtx --extra bench --extra sbom \
+	  --output-file requirements-dev.lock
+
+sbom: build-dev ## the software bill of materials (CycloneDX) into .build/helixflow.cdx.json
+	$(BIN)/python .ci/sbom.py .build/helixflow.cdx.json
+
+deny: ## licences, sources and banned crates, by deny.toml
+	@command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
+	cargo deny check bans licenses sources
 
 clean: ## build outputs; keeps certificates and engines
 	cargo clean
