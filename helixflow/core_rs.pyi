@@ -566,6 +566,8 @@ class PoolOptions:
         prefix_reuse: bool = True,
         shared_prefixes: list[str] = ...,
         control_in_text: bool = False,
+        decode_price: float = 2.0,
+        step_budget_ms: int = 100,
     ) -> PoolOptions: ...
 
 @final
@@ -576,10 +578,14 @@ class PoolStats:
     """Running sequences that pause because their reader is behind."""
     queued: int
     queued_tokens: int
+    prompt_token_nanos: int
+    """What a prompt token adds to a step, as learnt from steps; 0: not yet."""
     steps: int
     prefill_tokens: int
     decode_tokens: int
     cached_tokens: int
+    interrupted: int
+    """How often a sequence gave its slot to somebody with a better claim."""
     requests_accepted: int
     requests_refused: int
     requests_finished: int

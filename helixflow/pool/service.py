@@ -244,6 +244,8 @@ def _pool(config: Config) -> core_rs.Pool:
             stall_yield_ms=options.stall_yield_ms,
             default_timeout_ms=options.default_timeout_ms,
             prefix_reuse=options.prefix_reuse,
+            step_budget_ms=options.step_budget_ms,
+            decode_price=options.decode_price,
             shared_prefixes=[_text(file) for file in options.shared_prefixes],
             control_in_text=options.control_in_text,
         ),

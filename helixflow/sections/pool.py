@@ -50,9 +50,18 @@ class PoolConfig:
     )
     threads: int = option(0, "engine threads; 0: one per core", check=between(0, 1024))
     step_tokens: int = option(512, "most tokens in one engine step", check=between(1, 1 << 20))
+    step_budget_ms: int = option(
+        100,
+        "a step may take this long while answers are being generated (milliseconds), or 2.5 times a step without "
+        "prompts, if that is more; longer prompts are cut; 0: no budget",
+        check=between(0, 60_000),
+    )
     queue_requests: int = option(1024, "most sequences that wait", check=between(1, 1 << 20))
     queue_tokens: int = option(1 << 20, "most prompt tokens that wait", check=between(1, 1 << 30))
     prefix_reuse: bool = option(True, "start a request from the longest prefix any slot holds")
+    decode_price: float = option(
+        2.0, "what a generated token counts in an organisation's share, a prompt token being 1", check=between(0.1, 100)
+    )
     shared_prefixes: tuple[Path, ...] = option(
         (),
         "text files, each a system prompt or the beginning of prompts that everybody may know: all organisations start "

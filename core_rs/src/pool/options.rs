@@ -15,7 +15,7 @@ impl PoolOptions {
     #[pyo3(signature = (
         *, model_id, aliases=Vec::new(), created=0, queue_requests=1024, queue_tokens=1_048_576, step_tokens=512,
         stream_frames=64, stall_timeout_ms=60_000, stall_yield_ms=2000, default_timeout_ms=120_000, prefix_reuse=true,
-        shared_prefixes=Vec::new(), control_in_text=false
+        shared_prefixes=Vec::new(), control_in_text=false, decode_price=2.0, step_budget_ms=100
     ))]
     #[allow(clippy::too_many_arguments)] // keyword arguments in Python
     fn new(
@@ -32,6 +32,8 @@ impl PoolOptions {
         prefix_reuse: bool,
         shared_prefixes: Vec<String>,
         control_in_text: bool,
+        decode_price: f64,
+        step_budget_ms: u64,
     ) -> Self {
         Self(Options {
             aliases,
@@ -46,6 +48,8 @@ impl PoolOptions {
             prefix_reuse,
             shared_prefixes,
             control_in_text,
+            decode_price,
+            step_budget: Duration::from_millis(step_budget_ms),
             ..Options::new(model_id)
         })
     }
@@ -65,10 +69,12 @@ pub(crate) struct PoolStats {
     parked: usize,
     queued: usize,
     queued_tokens: usize,
+    prompt_token_nanos: u64,
     steps: u64,
     prefill_tokens: u64,
     decode_tokens: u64,
     cached_tokens: u64,
+    interrupted: u64,
     requests_accepted: u64,
     requests_refused: u64,
     requests_finished: u64,
@@ -84,10 +90,12 @@ impl From<Stats> for PoolStats {
             parked: stats.parked,
             queued: stats.queued,
             queued_tokens: stats.queued_tokens,
+            prompt_token_nanos: stats.prompt_token_nanos,
             steps: stats.steps,
             prefill_tokens: stats.prefill_tokens,
             decode_tokens: stats.decode_tokens,
             cached_tokens: stats.cached_tokens,
+            interrupted: stats.interrupted,
             requests_accepted: stats.requests_accepted,
             requests_refused: stats.requests_refused,
             requests_finished: stats.requests_finished,

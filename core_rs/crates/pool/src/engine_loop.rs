@@ -4,11 +4,12 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use helix_sample::Sampler;
-use helix_sched::{Counts, Fcfs, Limits, Outcome, Plan, Scheduler, Started};
+use helix_sched::{Counts, Fair, Limits, Outcome, Plan, Prices, Scheduler, Started};
 use helix_wire::error::{Code, CoreError};
 
 use crate::engine::{Batch, Candidates, Capacity, RunError, StepEngine};
 use crate::inbox::{Command, Leave, Load, Phase, Wait};
+use crate::outbox::micros;
 use crate::pool::{Shared, Stats};
 use crate::request::{Job, split};
 use crate::running::Running;
@@ -40,14 +41,19 @@ impl<'p> EngineLoop<'p> {
             queue_requests: UNLIMITED,
             queue_tokens: UNLIMITED,
             step_tokens: shared.options.step_tokens,
+            step_micros: micros(shared.options.step_budget),
             prefix_reuse: shared.options.prefix_reuse,
+        };
+        let prices = Prices {
+            prefill: 1.0,
+            decode: shared.options.decode_price,
         };
         shared.inbox.open(capacity)?;
         let stats = shared.engine_stats();
         Ok(Self {
             shared,
             capacity,
-            scheduler: Scheduler::new(limits, Box::new(Fcfs)),
+            scheduler: Scheduler::new(limits, Box::new(Fair::new(prices))),
             requests: HashMap::new(),
             sampler: Sampler::new(),
             batch: Batch::for_engine(&capacity),
@@ -250,6 +256,7 @@ impl<'p> EngineLoop<'p> {
     ) -> Result<(), RunError<E::Error>> {
         self.begin(&plan.started);
         self.fill(plan);
+        let began = Instant::now();
         let copied = plan
             .copies
             .iter()
@@ -263,6 +270,7 @@ impl<'p> EngineLoop<'p> {
         });
         match checked {
             Ok(candidates) => {
+                self.scheduler.took(micros(began.elapsed()));
                 self.count(plan);
                 self.take(plan, candidates);
                 Ok(())
@@ -298,7 +306,7 @@ impl<'p> EngineLoop<'p> {
 
     fn begin(&mut self, started: &[Started]) {
         let now = Instant::now();
-        for start in started {
+        for start in started.iter().filter(|start| !start.resumed) {
             self.stats.cached_tokens += start.cached as u64;
             if let Some(request) = self.requests.get_mut(&split(start.id).0) {
                 request.start(start, &self.shared.text, now);
@@ -308,6 +316,7 @@ impl<'p> EngineLoop<'p> {
 
     fn count(&mut self, plan: &Plan) {
         self.stats.steps += 1;
+        self.stats.interrupted += plan.interrupted.len() as u64;
         let decode = plan
             .items
             .iter()
@@ -435,20 +444,25 @@ impl<'p> EngineLoop<'p> {
             sequences: plan.started.len(),
             tokens: plan.started.iter().map(prompt).sum(),
         };
-        self.shared.inbox.report(now, &counts, started);
+        let waiting = self.scheduler.waiting();
+        self.shared.inbox.report(now, &counts, started, waiting);
         self.publish_counts(&counts);
     }
 
     fn publish(&mut self) {
         let counts = self.scheduler.counts();
         let now = Instant::now();
-        self.shared.inbox.report(now, &counts, Load::default());
+        let waiting = self.scheduler.waiting();
+        self.shared
+            .inbox
+            .report(now, &counts, Load::default(), waiting);
         self.publish_counts(&counts);
     }
 
     fn publish_counts(&mut self, counts: &Counts) {
         self.stats.running = counts.slots_used;
         self.stats.parked = counts.parked;
+        self.stats.prompt_token_nanos = self.scheduler.prompt_token_nanos();
         self.shared.publish(&self.stats);
     }
 }

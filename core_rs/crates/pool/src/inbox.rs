@@ -5,10 +5,11 @@
 
 use std::time::Instant;
 
-use helix_sched::Counts;
+use helix_sched::{Counts, Waiting};
 use helix_wire::error::{Code, CoreError};
 use parking_lot::{Condvar, Mutex};
 
+use crate::backlog::Backlog;
 use crate::engine::Capacity;
 use crate::rate::Rate;
 use crate::request::Job;
@@ -91,6 +92,8 @@ struct State {
     commands: Vec<Command>,
     /// What waits: in the scheduler as of the latest report, plus what was submitted since, less what has left.
     waiting: Load,
+    /// Who fills how much of it; exact once the queue is half full.
+    backlog: Backlog,
     rate: Rate,
     /// Slots that were free at the latest report.
     free: usize,
@@ -110,6 +113,7 @@ impl Inbox {
             draining: false,
             commands: Vec::new(),
             waiting: Load::default(),
+            backlog: Backlog::default(),
             rate: Rate::default(),
             free: 0,
         };
@@ -164,7 +168,12 @@ impl Inbox {
             tokens: waiting,
             ..
         } = state.waiting;
-        if requests >= self.queue_requests + state.free || waiting + tokens > self.queue_tokens {
+        let most = self.queue_requests + state.free;
+        let full =
+            |times: usize| requests >= times * most || waiting + tokens > times * self.queue_tokens;
+        let organisation = job.owner.organisation;
+        let limits = (self.queue_requests, self.queue_tokens);
+        if full(2) || (full(1) && !state.backlog.reserves(organisation, tokens, limits)) {
             let message = format!(
                 "the queue is full: {requests} requests with {waiting} prompt tokens wait; try again later"
             );
@@ -172,6 +181,7 @@ impl Inbox {
             return Err(CoreError::new(Code::QueueFull, message).with_retry_after(seconds));
         }
         state.waiting.add(load);
+        state.backlog.add(organisation, tokens);
         state.commands.push(Command::Submit(Box::new(job)));
         drop(state);
         self.arrived.notify_one();
@@ -233,8 +243,8 @@ impl Inbox {
     }
 
     /// Reports what waits after a step was planned, and what got a slot in it. Nothing that arrived since the last
-    /// `take` is in `counts`.
-    pub(crate) fn report(&self, now: Instant, counts: &Counts, started: Load) {
+    /// `take` is in `counts` and `queue`.
+    pub(crate) fn report(&self, now: Instant, counts: &Counts, started: Load, queue: &Waiting) {
         let mut state = self.state.lock();
         let Phase::Running(capacity) = state.phase else {
             return;
@@ -244,10 +254,19 @@ impl Inbox {
             sequences: counts.waiting,
             tokens: counts.waiting_tokens,
         };
+        let crowded =
+            2 * waiting.requests >= self.queue_requests || 2 * waiting.tokens >= self.queue_tokens;
+        let mut backlog = Backlog::default();
+        if crowded {
+            backlog = Backlog::of(queue);
+        }
         state.rate.note(now, started, counts.waiting > 0);
         for command in &state.commands {
             match command {
-                Command::Submit(job) => waiting.add(Load::of(job)),
+                Command::Submit(job) => {
+                    waiting.add(Load::of(job));
+                    backlog.add(job.owner.organisation, job.tokens());
+                }
                 Command::Leave {
                     waiting: Some(load),
                     ..
@@ -255,6 +274,7 @@ impl Inbox {
                 Command::Leave { .. } | Command::Stop(_) | Command::Unpark(_) => {}
             }
         }
+        state.backlog = backlog;
         state.waiting = waiting;
         state.free = capacity.slots.saturating_sub(counts.slots_used);
     }

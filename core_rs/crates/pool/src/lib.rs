@@ -5,6 +5,7 @@
 //! | `service` | the gRPC methods: checks, tokenises and admits a request, or refuses it with a status |
 //! | `request` | what a checked request is |
 //! | `owner` | for whom it runs, and what of its prompts is no secret |
+//! | `backlog` | who fills how much of the queue |
 //! | `inbox` | the door to the engine thread: a bounded queue of commands |
 //! | `engine_loop` | the engine thread: schedule, step, sample, commit, deliver |
 //! | `running`, `sequence` | one request in work, and one of its choices |
@@ -22,6 +23,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backlog;
 mod encode;
 mod engine;
 mod engine_loop;

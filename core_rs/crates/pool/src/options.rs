@@ -17,6 +17,8 @@ pub struct Options {
     pub queue_tokens: usize,
     /// Tokens of one engine step.
     pub step_tokens: usize,
+    /// How long a step may take while somebody decodes; zero: no end. See `helix_sched::Limits::step_micros`.
+    pub step_budget: Duration,
     /// Engine steps whose output a request may hold unread before its sequences are parked.
     pub stream_frames: u32,
     /// How long a request may stay parked before it is cut.
@@ -27,6 +29,8 @@ pub struct Options {
     pub default_timeout: Duration,
     /// Whether a sequence may start from a prefix that some slot already holds.
     pub prefix_reuse: bool,
+    /// What a generated token counts in the share of its owner, beside 1 for a prompt token.
+    pub decode_price: f64,
     /// Texts that requests of different owners may share as beginnings of their prompts; others they do not.
     pub shared_prefixes: Vec<String>,
     /// Whether what looks like a control token in the text of a message is one.
@@ -45,11 +49,13 @@ impl Options {
             queue_requests: 1024,
             queue_tokens: 1 << 20,
             step_tokens: 512,
+            step_budget: Duration::from_millis(100),
             stream_frames: 64,
             stall_timeout: Duration::from_secs(60),
             stall_yield: Duration::from_secs(2),
             default_timeout: Duration::from_secs(120),
             prefix_reuse: true,
+            decode_price: 2.0,
             shared_prefixes: Vec::new(),
             control_in_text: false,
             max_message_bytes: 16 << 20,

@@ -1,9 +1,12 @@
 //! For whom a request runs, and which beginnings of prompts everybody may know.
 
-use helix_sched::Scope;
+use helix_sched::{Owner, Scope};
 use helix_text::{Chat, Message, TextModel};
 use helix_wire::error::CoreError;
 use helix_wire::v1;
+
+const LEAST_WEIGHT: f64 = 0.01;
+const MOST_WEIGHT: f64 = 100.0;
 
 /// The scope of a request's prefixes. A request without an owner shares with its own choices only.
 ///
@@ -14,6 +17,35 @@ pub(crate) fn scope(owner: Option<&v1::Owner>, number: u64) -> Result<Scope, Cor
         None => Ok(Scope::Request(number)),
         Some(owner) => identifier(&owner.prefixes, "owner.prefixes").map(Scope::Owner),
     }
+}
+
+/// Whose share of the engine a request takes; strangers have one together.
+///
+/// # Errors
+/// `InvalidRequest` for a wrong identifier or weight.
+pub(crate) fn share(owner: Option<&v1::Owner>) -> Result<Owner, CoreError> {
+    let Some(owner) = owner else {
+        return Ok(Owner::default());
+    };
+    Ok(Owner {
+        organisation: identifier(&owner.organisation, "owner.organisation")?,
+        key: identifier(&owner.key, "owner.key")?,
+        organisation_weight: weight(owner.organisation_weight, "owner.organisation_weight")?,
+        key_weight: weight(owner.key_weight, "owner.key_weight")?,
+    })
+}
+
+fn weight(given: f64, param: &str) -> Result<f64, CoreError> {
+    if given == 0.0 {
+        return Ok(1.0);
+    }
+    if !(LEAST_WEIGHT..=MOST_WEIGHT).contains(&given) {
+        let message = format!(
+            "a weight is {given}; it must be from {LEAST_WEIGHT} to {MOST_WEIGHT}, or 0 for 1"
+        );
+        return Err(CoreError::invalid(param, message));
+    }
+    Ok(given)
 }
 
 fn identifier(bytes: &[u8], param: &str) -> Result<u128, CoreError> {

@@ -39,6 +39,8 @@ pub struct Stats {
     pub queued: usize,
     /// Their prompt tokens.
     pub queued_tokens: usize,
+    /// What a prompt token adds to a step, as learnt from steps (nanoseconds; 0: not yet).
+    pub prompt_token_nanos: u64,
     /// Engine steps.
     pub steps: u64,
     /// Prompt tokens that were computed.
@@ -47,6 +49,8 @@ pub struct Stats {
     pub decode_tokens: u64,
     /// Prompt tokens that some cache already held.
     pub cached_tokens: u64,
+    /// How often a sequence gave its slot to somebody with a better claim.
+    pub interrupted: u64,
     /// Requests that were queued.
     pub requests_accepted: u64,
     /// Requests that were refused with a status.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use helix_sample::Params;
-use helix_sched::{Scope, SeqId};
+use helix_sched::{Owner, Scope, SeqId};
 use helix_text::{Detokenizer, StopMatcher};
 use helix_wire::error::{Code, CoreError};
 use helix_wire::v1::{self, input::Kind};
@@ -51,6 +51,7 @@ pub(crate) struct Job {
     pub(crate) arrival: Instant,
     /// When waiting stops making sense.
     pub(crate) deadline: Instant,
+    pub(crate) owner: Owner,
     /// Who may start from its prompts.
     pub(crate) scope: Scope,
     pub(crate) prompts: Vec<Prompt>,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use helix_sample::SampleError;
-use helix_sched::{Item, NewSequence, Scope, Started};
+use helix_sched::{Item, NewSequence, Owner, Scope, Started};
 use helix_text::TextModel;
 use helix_wire::error::{Code, CoreError};
 use helix_wire::v1::{FinishReason, Finished, Usage};
@@ -22,6 +22,7 @@ enum Choice {
 pub(crate) struct Running {
     number: u64,
     arrival: Instant,
+    owner: Owner,
     scope: Scope,
     prompts: Vec<Prompt>,
     wishes: Wishes,
@@ -48,6 +49,7 @@ impl Running {
         Self {
             number: job.number,
             arrival: job.arrival,
+            owner: job.owner,
             scope: job.scope,
             prompts: job.prompts,
             wishes: job.wishes,
@@ -77,7 +79,7 @@ impl Running {
                 prompt_logits: self.wishes.prompt_logits(),
                 scope: self.scope,
                 shared: prompt.shared,
-                cost: prompt.ids.len() as u64 + u64::from(prompt.max_new),
+                owner: self.owner,
             }
         };
         (0..self.choices.len()).map(sequence).collect()

@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::{Stream, stream};
-use helix_sched::Scope;
+use helix_sched::{Owner, Scope};
 use helix_wire::error::{Code, CoreError};
 use helix_wire::v1::inference_server::{Inference, InferenceServer};
 use helix_wire::v1::{
@@ -21,7 +21,7 @@ use tracing::info;
 use crate::encode::{Encoded, encode_all};
 use crate::inbox::{Command, Leave, Load};
 use crate::outbox::Outbox;
-use crate::owner::scope;
+use crate::owner::{scope, share};
 use crate::pool::Shared;
 use crate::request::{
     Job, MAX_ID_BYTES, Prompt, Wishes, check_input, check_model, grpc_timeout, known, room, timeout,
@@ -61,6 +61,7 @@ impl Service {
         let wishes = Wishes::check(&request, capacity)?;
         let number = shared.next_number();
         let scope = scope(request.owner.as_ref(), number)?;
+        let owner = share(request.owner.as_ref())?;
         let count = request.inputs.len();
         for (index, input) in request.inputs.iter().enumerate() {
             check_input(input, capacity, shared.longest_token)
@@ -89,6 +90,7 @@ impl Service {
         }
         let prepared = Prepared {
             number,
+            owner,
             scope,
             request_id: request.request_id,
             stream: request.stream,
@@ -129,6 +131,7 @@ impl Service {
             number,
             arrival,
             deadline,
+            owner: prepared.owner,
             scope: prepared.scope,
             prompts: prepared.prompts,
             wishes: prepared.wishes,
@@ -312,6 +315,7 @@ impl Inference for Service {
 /// A request that was checked and tokenised.
 struct Prepared {
     number: u64,
+    owner: Owner,
     scope: Scope,
     request_id: String,
     stream: bool,

@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use helix_sched::{Fcfs, Limits, NewSequence, Outcome, Scheduler, Scope};
+use helix_sched::{Fair, Limits, NewSequence, Outcome, Owner, Prices, Scheduler, Scope};
 
 fn main() {
     let limits = Limits {
@@ -13,9 +13,14 @@ fn main() {
         queue_requests: 1024,
         queue_tokens: 1 << 24,
         step_tokens: 1024,
+        step_micros: 0,
         prefix_reuse: true,
     };
-    let mut scheduler = Scheduler::new(limits, Box::new(Fcfs));
+    let prices = Prices {
+        prefill: 1.0,
+        decode: 2.0,
+    };
+    let mut scheduler = Scheduler::new(limits, Box::new(Fair::new(prices)));
     let request = |id: u64| NewSequence {
         id,
         prompt: (0..100)
@@ -26,7 +31,11 @@ fn main() {
         prompt_logits: false,
         scope: Scope::Owner(0),
         shared: 0,
-        cost: 0,
+        owner: Owner {
+            organisation: u128::from(id % 50),
+            key: u128::from(id),
+            ..Owner::default()
+        },
     };
     for id in 0..1024 {
         scheduler.submit(vec![request(id)]).unwrap();

@@ -29,17 +29,25 @@
 //! A plan never holds more than `step_tokens` tokens. Decoding goes first, but while a prompt is to be
 //! computed a quarter of the budget (at least one token) is kept for prompts, so that neither starves; a
 //! budget of one token alternates. When the decoding sequences do not all fit they take turns.
+//!
+//! While somebody decodes, a step also has a budget of time ([`Limits::step_micros`]): the caller says what each
+//! step took ([`Scheduler::took`]), and no more prompt tokens are planned than have come out to fit.
 
 #![forbid(unsafe_code)]
 
+mod fair;
+mod pace;
+mod policy;
 mod queue;
 mod scheduler;
 mod slots;
 mod types;
 
-pub use queue::{Fcfs, Policy, Waiting, WaitingRequest};
+pub use fair::{Fair, Prices};
+pub use policy::{Fcfs, Holder, Policy, Service};
+pub use queue::{Waiting, WaitingRequest};
 pub use scheduler::Scheduler;
 pub use types::{
-    CopyPrefix, Counts, Ended, Finish, Item, Limits, NewSequence, Outcome, Plan, Refusal, Scope,
-    SeqId, Started,
+    CopyPrefix, Counts, Ended, Finish, Item, Limits, NewSequence, Outcome, Owner, Plan, Refusal,
+    Scope, SeqId, Started,
 };

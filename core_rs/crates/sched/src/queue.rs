@@ -1,23 +1,27 @@
-//! The queue of requests whose sequences have no slot yet, and who goes next.
+//! The queue of requests whose sequences have no slot.
 
 use std::collections::VecDeque;
 
-use crate::types::{Limits, NewSequence, Refusal, SeqId};
+use crate::types::{Limits, NewSequence, Owner, Refusal, SeqId};
 
-/// Who goes next. The seam for fairness between clients.
-pub trait Policy: Send {
-    /// The index (in arrival order) of the request whose first waiting sequence gets the next free slot;
-    /// `None` places nothing more in this step. Called once per placement, and never with an empty queue.
-    fn next(&mut self, waiting: &Waiting) -> Option<usize>;
+/// A sequence in the queue.
+#[derive(Clone, Debug)]
+pub(crate) struct Pending {
+    /// Of a sequence that was interrupted, the prompt holds what it has generated.
+    pub(crate) new: NewSequence,
+    /// Tokens of the prompt that were computed before.
+    pub(crate) paid: usize,
+    /// How often it has lost its slot.
+    pub(crate) interruptions: u32,
 }
 
-/// First come, first served.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Fcfs;
-
-impl Policy for Fcfs {
-    fn next(&mut self, _waiting: &Waiting) -> Option<usize> {
-        Some(0)
+impl From<NewSequence> for Pending {
+    fn from(new: NewSequence) -> Self {
+        Self {
+            new,
+            paid: 0,
+            interruptions: 0,
+        }
     }
 }
 
@@ -35,8 +39,12 @@ pub struct Waiting {
 /// Sequences that arrived together, those that still wait.
 #[derive(Debug)]
 pub(crate) struct Request {
-    arrival: u64,
-    sequences: VecDeque<NewSequence>,
+    pub(crate) arrival: u64,
+    sequences: VecDeque<Pending>,
+    /// Requests of one owner take turns; grows by one with each sequence that gets a slot.
+    turn: u64,
+    /// Not to be placed in this step: see [`WaitingRequest::held`].
+    pub(crate) held: bool,
     /// Slot and name of the sequence of this request that was placed last.
     pub(crate) leader: Option<(usize, SeqId)>,
 }
@@ -50,6 +58,10 @@ pub struct WaitingRequest<'a> {
     pub first: &'a NewSequence,
     /// Sequences of the request that still wait.
     pub sequences: usize,
+    /// Sequences that got a slot, counted from where the other requests of its owner stood when it came.
+    pub turn: u64,
+    /// Its next sequence waits in this step for the one before to compute the prompt that both have.
+    pub held: bool,
 }
 
 impl Waiting {
@@ -87,7 +99,7 @@ impl Waiting {
     pub fn ids(&self) -> impl Iterator<Item = SeqId> {
         self.requests
             .iter()
-            .flat_map(|request| request.sequences.iter().map(|sequence| sequence.id))
+            .flat_map(|request| request.sequences.iter().map(|pending| pending.new.id))
     }
 
     /// A time before which nothing expires.
@@ -127,9 +139,14 @@ impl Waiting {
         self.sequences += request.len();
         self.tokens += tokens;
         self.arrivals += 1;
+        let turn = request
+            .first()
+            .map_or(0, |first| self.turn_of(&first.owner));
         self.requests.push_back(Request {
             arrival: self.arrivals,
-            sequences: request.into(),
+            sequences: request.into_iter().map(Pending::from).collect(),
+            turn,
+            held: false,
             leader: None,
         });
         Ok(self.arrivals)
@@ -139,32 +156,71 @@ impl Waiting {
         self.requests.get(index)
     }
 
-    /// Takes the first sequence of a request out of the queue, to be placed in a slot.
-    pub(crate) fn take(&mut self, index: usize, slot: usize) -> Option<NewSequence> {
+    /// Where the requests of an owner stand.
+    fn turn_of(&self, owner: &Owner) -> u64 {
+        let same = |request: &&Request| {
+            request.first().is_some_and(|first| {
+                (first.owner.organisation, first.owner.key) == (owner.organisation, owner.key)
+            })
+        };
+        let turns = self
+            .requests
+            .iter()
+            .filter(same)
+            .map(|request| request.turn);
+        turns.min().unwrap_or(0)
+    }
+
+    /// Takes the first sequence of a request out of the queue, to be placed in a slot; with it the request's
+    /// arrival number.
+    pub(crate) fn take(&mut self, index: usize, slot: usize) -> Option<(u64, Pending)> {
         let request = self.requests.get_mut(index)?;
-        let sequence = request.sequences.pop_front()?;
-        request.leader = Some((slot, sequence.id));
-        self.left(index, &sequence);
-        Some(sequence)
+        let pending = request.sequences.pop_front()?;
+        request.leader = Some((slot, pending.new.id));
+        request.turn += 1;
+        let arrival = request.arrival;
+        self.left(index, pending.new.prompt.len());
+        Some((arrival, pending))
+    }
+
+    /// Takes back a sequence that has lost its slot; it is the first of its request again.
+    pub(crate) fn put_back(&mut self, arrival: u64, pending: Pending) {
+        self.sequences += 1;
+        self.tokens += pending.new.prompt.len();
+        match self.search(arrival) {
+            Ok(index) => {
+                let request = &mut self.requests[index];
+                request.turn = request.turn.saturating_sub(1);
+                request.sequences.push_front(pending);
+            }
+            Err(index) => {
+                let turn = self.turn_of(&pending.new.owner);
+                let request = Request {
+                    arrival,
+                    sequences: [pending].into(),
+                    turn,
+                    held: false,
+                    leader: None,
+                };
+                self.requests.insert(index, request);
+            }
+        }
     }
 
     /// Removes one sequence of the request with this arrival number.
     pub(crate) fn remove(&mut self, arrival: u64, id: SeqId) -> bool {
-        let Ok(index) = self
-            .requests
-            .binary_search_by_key(&arrival, |request| request.arrival)
-        else {
+        let Some(index) = self.find(arrival) else {
             return false;
         };
         let sequences = &mut self.requests[index].sequences;
-        let Some(sequence) = sequences
+        let Some(pending) = sequences
             .iter()
-            .position(|sequence| sequence.id == id)
+            .position(|pending| pending.new.id == id)
             .and_then(|at| sequences.remove(at))
         else {
             return false;
         };
-        self.left(index, &sequence);
+        self.left(index, pending.new.prompt.len());
         true
     }
 
@@ -178,11 +234,11 @@ impl Waiting {
         self.requests.retain_mut(|request| {
             request
                 .sequences
-                .retain(|sequence| match sequence.deadline {
+                .retain(|pending| match pending.new.deadline {
                     Some(deadline) if deadline <= now => {
-                        expired.push(sequence.id);
+                        expired.push(pending.new.id);
                         sequences += 1;
-                        tokens += sequence.prompt.len();
+                        tokens += pending.new.prompt.len();
                         false
                     }
                     deadline => {
@@ -198,9 +254,32 @@ impl Waiting {
         expired
     }
 
-    fn left(&mut self, index: usize, sequence: &NewSequence) {
+    /// A new step: nobody is held back by the last one.
+    pub(crate) fn release(&mut self) {
+        for request in &mut self.requests {
+            request.held = false;
+        }
+    }
+
+    pub(crate) fn hold(&mut self, index: usize) {
+        if let Some(request) = self.requests.get_mut(index) {
+            request.held = true;
+        }
+    }
+
+    /// Index of the request with this arrival number.
+    pub(crate) fn find(&self, arrival: u64) -> Option<usize> {
+        self.search(arrival).ok()
+    }
+
+    fn search(&self, arrival: u64) -> Result<usize, usize> {
+        self.requests
+            .binary_search_by_key(&arrival, |request| request.arrival)
+    }
+
+    fn left(&mut self, index: usize, tokens: usize) {
         self.sequences -= 1;
-        self.tokens -= sequence.prompt.len();
+        self.tokens -= tokens;
         if self.requests[index].sequences.is_empty() {
             self.requests.remove(index);
         }
@@ -212,15 +291,16 @@ impl Waiting {
 
 impl Request {
     pub(crate) fn first(&self) -> Option<&NewSequence> {
-        self.sequences.front()
+        self.sequences.front().map(|pending| &pending.new)
     }
 
     fn view(&self) -> Option<WaitingRequest<'_>> {
-        let first = self.sequences.front()?;
         Some(WaitingRequest {
             arrival: self.arrival,
-            first,
+            first: self.first()?,
             sequences: self.sequences.len(),
+            turn: self.turn,
+            held: self.held,
         })
     }
 }

@@ -1,12 +1,15 @@
-//! The scheduler: plans steps and takes their outcomes.
+//! The scheduler: takes requests, plans steps and takes their outcomes.
+
+mod planning;
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 
-use crate::queue::{Policy, Request, Waiting};
-use crate::slots::{Active, Slots};
+use crate::pace::Pace;
+use crate::policy::Policy;
+use crate::queue::Waiting;
+use crate::slots::Slots;
 use crate::types::{
-    Counts, Ended, Finish, Item, Limits, NewSequence, Outcome, Plan, Refusal, Scope, SeqId, Started,
+    Counts, Ended, Finish, Item, Limits, NewSequence, Outcome, Owner, Plan, Refusal, Scope, SeqId,
 };
 
 /// Decides which tokens of which sequences the engine computes next.
@@ -15,7 +18,7 @@ pub struct Scheduler {
     policy: Box<dyn Policy>,
     waiting: Waiting,
     slots: Slots,
-    places: HashMap<SeqId, Whereabouts>,
+    places: HashMap<SeqId, Place>,
     /// The plan that is with the engine; empty between steps.
     outstanding: Vec<Item>,
     /// Idle slots that the outstanding plan writes to.
@@ -25,6 +28,18 @@ pub struct Scheduler {
     turn: usize,
     /// Whether the last plan computed part of a prompt.
     prefilled: bool,
+    pace: Pace,
+    /// Slots whose prompts the plan that is being made goes on with.
+    planned: Vec<usize>,
+    /// Sequences that decode in the outstanding plan, and prompt tokens.
+    shape: (usize, usize),
+}
+
+/// What is known of every living sequence.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    at: Whereabouts,
+    owner: Owner,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +70,9 @@ impl Scheduler {
             placed: 0,
             turn: 0,
             prefilled: false,
+            pace: Pace::default(),
+            planned: Vec::new(),
+            shape: (0, 0),
         }
     }
 
@@ -66,6 +84,7 @@ impl Scheduler {
         if request.is_empty() {
             return Ok(());
         }
+        let owners: Vec<_> = request.iter().map(|new| (new.id, new.owner)).collect();
         let mut names = HashSet::with_capacity(request.len());
         for sequence in &request {
             self.check(sequence)?;
@@ -74,25 +93,25 @@ impl Scheduler {
             }
         }
         let arrival = self.waiting.submit(request, &self.limits)?;
-        self.places.extend(
-            names
-                .into_iter()
-                .map(|id| (id, Whereabouts::Queue(arrival))),
-        );
+        for (id, owner) in owners {
+            let at = Whereabouts::Queue(arrival);
+            self.places.insert(id, Place { at, owner });
+            self.policy.joined(&owner);
+        }
         Ok(())
     }
 
     /// Ends a sequence in whatever state, also while a plan that holds it is with the engine. False when
     /// there is no such sequence (any more).
     pub fn cancel(&mut self, id: SeqId) -> bool {
-        match self.places.get(&id) {
-            None => false,
-            Some(&Whereabouts::Slot(slot)) => {
-                self.end(slot);
-                true
-            }
-            Some(&Whereabouts::Queue(arrival)) => {
+        let Some(&Place { at, owner }) = self.places.get(&id) else {
+            return false;
+        };
+        match at {
+            Whereabouts::Slot(slot) => self.end(slot).is_some(),
+            Whereabouts::Queue(arrival) => {
                 self.places.remove(&id);
+                self.policy.left(&owner);
                 self.waiting.remove(arrival, id)
             }
         }
@@ -113,7 +132,9 @@ impl Scheduler {
     pub fn expire(&mut self, now: u64) -> Vec<SeqId> {
         let expired = self.waiting.expire(now);
         for id in &expired {
-            self.places.remove(id);
+            if let Some(place) = self.places.remove(id) {
+                self.policy.left(&place.owner);
+            }
         }
         expired
     }
@@ -127,29 +148,42 @@ impl Scheduler {
     /// Plans the next step. Empty when nothing can advance, and while a plan is outstanding.
     ///
     /// A sequence is not placed while the one of its request before it is computing the same prompt, so
-    /// that `n` choices cost one prefill and `n - 1` copies; nor is anything placed past it in that step.
-    /// This lasts as long as that one prefill, and parking or ending the first one lifts it.
+    /// that `n` choices cost one prefill and `n - 1` copies. This lasts as long as that one prefill, and parking or
+    /// ending the first one lifts it.
+    ///
+    /// A sequence may lose its slot to one with a better claim ([`Policy::yields`]): [`Plan::interrupted`].
     pub fn schedule(&mut self) -> Plan {
         let mut plan = Plan::default();
         if !self.outstanding.is_empty() {
             return plan;
         }
-        let decoding = self
-            .slots
-            .iter()
-            .filter(|(_, slot)| slot.decoding().is_some_and(Active::runnable))
-            .count();
-        let (chunks, chunk_tokens) = self.plan_prefill(&mut plan, self.prefill_budget(decoding));
+        self.waiting.release();
+        self.planned.clear();
+        let budget = self.prefill_budget(self.decoding());
+        let (chunks, chunk_tokens) = self.plan_prefill(&mut plan, budget);
         self.prefilled = !chunks.is_empty();
-        self.plan_decode(
-            &mut plan,
-            decoding,
-            self.limits.step_tokens - chunk_tokens.len(),
-        );
+        self.plan_decode(&mut plan, self.limits.step_tokens - chunk_tokens.len());
+        self.shape = (plan.items.len(), chunk_tokens.len());
         plan.items.extend(chunks);
         plan.tokens.extend(chunk_tokens);
         self.outstanding.clone_from(&plan.items);
         plan
+    }
+
+    /// Says how long the engine has computed the outstanding plan (microseconds). Optional; it comes before
+    /// [`Scheduler::commit`].
+    pub fn took(&mut self, micros: u64) {
+        if !self.outstanding.is_empty() {
+            #[allow(clippy::cast_precision_loss)]
+            self.pace.observe(self.shape.0, self.shape.1, micros as f64);
+        }
+    }
+
+    /// What a prompt token adds to a step, as far as it is learnt (nanoseconds; 0: not yet).
+    pub fn prompt_token_nanos(&self) -> u64 {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let nanos = (self.pace.token_micros() * 1e3) as u64;
+        nanos
     }
 
     /// Takes the outcomes of the outstanding plan and returns the sequences that ended by themselves, in
@@ -283,7 +317,11 @@ impl Scheduler {
     }
 
     fn set_parked(&mut self, id: SeqId, parked: bool) -> bool {
-        let Some(&Whereabouts::Slot(slot)) = self.places.get(&id) else {
+        let Some(&Place {
+            at: Whereabouts::Slot(slot),
+            ..
+        }) = self.places.get(&id)
+        else {
             return false;
         };
         let active = self
@@ -291,167 +329,6 @@ impl Scheduler {
             .of(slot, id)
             .and_then(|slot| slot.active.as_mut());
         active.map(|active| active.parked = parked).is_some()
-    }
-
-    /// Tokens that prompts may take when `decoding` sequences want one each.
-    fn prefill_budget(&self, decoding: usize) -> usize {
-        let budget = self.limits.step_tokens;
-        let kept = match budget {
-            1 => usize::from(decoding == 0 || !self.prefilled),
-            _ => (budget / 4).max(1),
-        };
-        budget - decoding.min(budget - kept)
-    }
-
-    /// Chunks of the prompts in work, then of new sequences while budget and slots last.
-    fn plan_prefill(&mut self, plan: &mut Plan, mut budget: usize) -> (Vec<Item>, Vec<u32>) {
-        let mut in_work: Vec<_> = self
-            .slots
-            .iter()
-            .filter_map(|(index, slot)| {
-                slot.prefilling()
-                    .filter(|active| active.runnable())
-                    .map(|a| (a.order, index))
-            })
-            .collect();
-        in_work.sort_unstable();
-        let mut in_work = in_work.into_iter().map(|(_, slot)| slot);
-        let (mut items, mut tokens) = (Vec::new(), Vec::new());
-        while budget > 0 {
-            let Some(slot) = in_work.next().or_else(|| self.place_next(plan)) else {
-                break;
-            };
-            let Some(item) = self.chunk(slot, budget, &mut tokens) else {
-                break;
-            };
-            budget -= item.len;
-            items.push(item);
-        }
-        (items, tokens)
-    }
-
-    fn chunk(&self, index: usize, budget: usize, tokens: &mut Vec<u32>) -> Option<Item> {
-        let slot = self.slots.get(index)?;
-        let NewSequence {
-            id,
-            ref prompt,
-            max_new,
-            prompt_logits,
-            ..
-        } = slot.prefilling()?.new;
-        let past = slot.cached.len();
-        let len = budget.min(prompt.len() - past);
-        let sample = past + len == prompt.len() && max_new > 0;
-        let wanted = if prompt_logits {
-            len
-        } else {
-            usize::from(sample)
-        };
-        tokens.extend_from_slice(&prompt[past..past + len]);
-        Some(Item {
-            id,
-            slot: index,
-            past,
-            len,
-            wanted,
-            sample,
-        })
-    }
-
-    /// Gives the next waiting sequence a slot and returns it.
-    fn place_next(&mut self, plan: &mut Plan) -> Option<usize> {
-        if self.waiting.is_empty() || !self.slots.has_free() {
-            return None;
-        }
-        let index = self.policy.next(&self.waiting)?;
-        let request = self.waiting.request(index)?;
-        let first = request.first()?;
-        if self.awaits_sibling(request, first) {
-            return None;
-        }
-        let reuse = if self.reuses(first) {
-            first.prompt.len() - 1
-        } else {
-            0
-        };
-        let mut place = self.slots.find(first, reuse)?;
-        if self.limits.prefix_reuse {
-            place.save = self.slots.save(&place);
-        }
-        let new = self.waiting.take(index, place.slot)?;
-        self.places.insert(new.id, Whereabouts::Slot(place.slot));
-        plan.started.push(Started {
-            id: new.id,
-            slot: place.slot,
-            cached: place.cached,
-        });
-        plan.copies.extend(place.save.into_iter().chain(place.copy));
-        self.saved.extend(place.save.map(|save| save.dst));
-        self.placed += 1;
-        self.slots.place(
-            &place,
-            Active {
-                new,
-                order: self.placed,
-                next: 0,
-                generated: 0,
-                parked: false,
-            },
-        );
-        Some(place.slot)
-    }
-
-    fn reuses(&self, sequence: &NewSequence) -> bool {
-        self.limits.prefix_reuse && !sequence.prompt_logits
-    }
-
-    /// Whether the sequence placed before it is still computing a prefix that it could copy.
-    fn awaits_sibling(&self, request: &Request, first: &NewSequence) -> bool {
-        let Some((index, leader)) = request.leader else {
-            return false;
-        };
-        let Some(slot) = self.slots.get(index) else {
-            return false;
-        };
-        self.reuses(first)
-            && slot.cached.len() + 1 < first.prompt.len()
-            && slot.prefilling().is_some_and(|active| {
-                let (mine, its) = (&first.prompt, &active.new.prompt);
-                let same = Arc::ptr_eq(mine, its) || mine == its;
-                same && active.new.id == leader && active.runnable()
-            })
-    }
-
-    /// One token for each decoding sequence, by turns when they do not all fit.
-    fn plan_decode(&mut self, plan: &mut Plan, decoding: usize, budget: usize) {
-        let slots = self
-            .slots
-            .iter()
-            .filter(|(_, slot)| slot.decoding().is_some_and(Active::runnable));
-        let mut chosen: Vec<_> = slots.map(|(index, _)| index).collect();
-        if decoding > budget {
-            let first = chosen.partition_point(|&slot| slot < self.turn);
-            chosen.rotate_left(first);
-            self.turn = chosen[budget];
-            chosen.truncate(budget);
-            chosen.sort_unstable();
-        }
-        for index in chosen {
-            let Some(slot) = self.slots.get(index) else {
-                continue;
-            };
-            let Some(active) = &slot.active else { continue };
-            let past = slot.cached.len();
-            plan.items.push(Item {
-                id: active.new.id,
-                slot: index,
-                past,
-                len: 1,
-                wanted: 1,
-                sample: true,
-            });
-            plan.tokens.push(active.next);
-        }
     }
 
     /// Records that an item was computed and says whether its sequence has reached a limit.

@@ -9,8 +9,14 @@ const WORTH_SAVING: usize = 8;
 #[derive(Debug)]
 pub(crate) struct Active {
     pub(crate) new: NewSequence,
+    /// Number of its request in the order of arrivals.
+    pub(crate) arrival: u64,
     /// Order of placement.
     pub(crate) order: u64,
+    /// Tokens of the prompt that were computed before, and are not to be charged again.
+    pub(crate) paid: usize,
+    /// How often it has lost its slot.
+    pub(crate) interruptions: u32,
     /// Sampled last and not fed yet; meaningful once the prompt is computed.
     pub(crate) next: u32,
     pub(crate) generated: usize,

@@ -5,6 +5,30 @@ use std::sync::Arc;
 /// Names one sequence; the caller chooses it and never reuses it while the sequence lives.
 pub type SeqId = u64;
 
+/// For whom a sequence runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Owner {
+    /// Name of the organisation.
+    pub organisation: u128,
+    /// Name of the key within it.
+    pub key: u128,
+    /// Share of the organisation, beside others' shares.
+    pub organisation_weight: f64,
+    /// Share of the key, beside those of the organisation's other keys.
+    pub key_weight: f64,
+}
+
+impl Default for Owner {
+    fn default() -> Self {
+        Self {
+            organisation: 0,
+            key: 0,
+            organisation_weight: 1.0,
+            key_weight: 1.0,
+        }
+    }
+}
+
 /// Names those who may learn from each other's caches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Scope {
@@ -27,6 +51,9 @@ pub struct Limits {
     pub queue_tokens: usize,
     /// Tokens of one plan.
     pub step_tokens: usize,
+    /// How long a step may take while somebody decodes (microseconds), or two and a half times as long as one without
+    /// prompts if that is more; 0: no end.
+    pub step_micros: u64,
     /// Whether a sequence may start from a prefix that some slot already holds.
     pub prefix_reuse: bool,
 }
@@ -48,8 +75,8 @@ pub struct NewSequence {
     pub scope: Scope,
     /// Leading prompt tokens that everybody may know. They may come from any slot that holds all of them.
     pub shared: usize,
-    /// What the sequence costs in the eyes of a [`crate::Policy`]; the scheduler itself ignores it.
-    pub cost: u64,
+    /// For whom it runs, in the eyes of a [`crate::Policy`]; the scheduler itself ignores it.
+    pub owner: Owner,
 }
 
 /// Why a request was not taken. Nothing of it was queued.
@@ -119,6 +146,8 @@ pub struct Started {
     pub slot: usize,
     /// Prompt tokens that need no computing because a cache already held them.
     pub cached: usize,
+    /// Whether it had a slot before, and goes on where it was interrupted.
+    pub resumed: bool,
 }
 
 /// One sequence's part of a plan: `len` tokens that go to positions `past..past + len` of its slot.
@@ -144,6 +173,9 @@ pub struct Item {
 pub struct Plan {
     /// Prefix copies. One at a time, in order: a later copy may overwrite what an earlier one has read.
     pub copies: Vec<CopyPrefix>,
+    /// Sequences that lose their slot to one of `started` and are back in the queue. What they have generated is kept,
+    /// and is part of what is computed when they get a slot again.
+    pub interrupted: Vec<SeqId>,
     /// Sequences that leave the queue with this plan, in the order of placement.
     pub started: Vec<Started>,
     /// Decoding sequences by slot, then prompt chunks in the order in which their sequences were placed.

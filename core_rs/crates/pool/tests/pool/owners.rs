@@ -4,7 +4,7 @@ use helix_pool::Options;
 use helix_wire::error::Code;
 use helix_wire::v1::{Chat, ChatMessage, GenerateRequest, Input, Owner, input::Kind};
 
-use crate::harness::{Alphabet, Running, ask, options, owner, refusal, start};
+use crate::harness::{Alphabet, Answer, Running, ask, collect, options, owner, refusal, start};
 
 async fn cached(pool: &mut Running, prompt: &str, owner: Option<Owner>) -> u32 {
     let request = GenerateRequest {
@@ -118,5 +118,89 @@ async fn a_declared_system_prompt_is_shared_and_what_follows_is_not() {
         ..raw
     };
     assert_eq!(usage(raw).await.cached_tokens, 8);
+    pool.stop().await.unwrap();
+}
+
+fn by(number: u128, prompt: &str, max_tokens: u32) -> GenerateRequest {
+    GenerateRequest {
+        owner: Some(owner(number)),
+        ..ask(prompt, max_tokens)
+    }
+}
+
+#[tokio::test]
+async fn a_queue_that_one_fills_still_takes_others() {
+    let (engine, open) = Alphabet::new(1, 64).gated();
+    let limited = Options {
+        queue_requests: 2,
+        queue_tokens: 20,
+        ..options()
+    };
+    let mut pool = start(engine, limited).await;
+    let mut accepted = vec![pool.generate(by(1, "a", 3)).await.unwrap()];
+    pool.watched(|state| state.running == 1).await;
+    for (number, prompt) in [(1, "b"), (1, "c"), (2, "d"), (3, "e")] {
+        accepted.push(pool.generate(by(number, prompt, 3)).await.unwrap());
+    }
+    for number in [1, 2, 4] {
+        let refused = pool.generate(by(number, "f", 3)).await;
+        let error = refusal(refused.map_err(tonic::Status::from));
+        assert_eq!(
+            error.code,
+            Code::QueueFull,
+            "twice the limit is the end for everybody"
+        );
+    }
+    drop(open);
+    for stream in accepted {
+        assert_eq!(collect(stream).await.tokens, 3);
+    }
+    pool.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_flood_gives_slots_up_and_loses_nothing() {
+    let (engine, open) = Alphabet::new(4, 1 << 12).gated();
+    let mut pool = start(engine, options()).await;
+    let mut flood = Vec::new();
+    for prompt in ["a", "b", "c", "d", "e", "f"] {
+        flood.push(pool.generate(by(1, prompt, 500)).await.unwrap());
+    }
+    for _ in 0..50 {
+        open.send(()).unwrap();
+    }
+    pool.watched(|state| state.running == 4).await;
+    let mut other = pool.generate(by(2, "xyz", 3)).await.unwrap();
+    drop(open);
+    let mut answer = Answer::default();
+    while let Some(frame) = other.message().await.unwrap() {
+        answer.take(frame);
+    }
+    assert_eq!(answer.texts, ["abc"]);
+    let alphabet: String = ('a'..='z').collect();
+    for (stream, first) in flood.into_iter().zip(1..) {
+        let answer = collect(stream).await;
+        let text: String = alphabet.chars().cycle().skip(first).take(500).collect();
+        assert_eq!(answer.texts, [text], "as if it had never been interrupted");
+        assert_eq!(answer.usage.unwrap().completion_tokens, 500);
+    }
+    assert_eq!(pool.pool.stats().interrupted, 1);
+    pool.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_wrong_weight_is_refused() {
+    let mut pool = start(Alphabet::new(1, 64), options()).await;
+    for weight in [-1.0, f64::NAN, f64::INFINITY, 1e9, 1e-9] {
+        let request = GenerateRequest {
+            owner: Some(Owner {
+                organisation_weight: weight,
+                ..owner(1)
+            }),
+            ..ask("a", 1)
+        };
+        let error = refusal(pool.generate(request).await.map_err(tonic::Status::from));
+        assert_eq!(error.param.as_deref(), Some("owner.organisation_weight"));
+    }
     pool.stop().await.unwrap();
 }

@@ -242,7 +242,8 @@ fn a_sequence_cancelled_under_way_frees_its_slot_and_nothing_else() {
         [Started {
             id: 2,
             slot: 0,
-            cached: 0
+            cached: 0,
+            resumed: false
         }],
         "the step was not recorded"
     );
@@ -274,7 +275,7 @@ fn a_policy_decides_who_is_next() {
     struct Cheapest;
     impl Policy for Cheapest {
         fn next(&mut self, waiting: &Waiting) -> Option<usize> {
-            let costs = waiting.iter().map(|request| request.first.cost);
+            let costs = waiting.iter().map(|request| request.first.max_new);
             costs
                 .enumerate()
                 .min_by_key(|&(_, cost)| cost)
@@ -282,13 +283,9 @@ fn a_policy_decides_who_is_next() {
         }
     }
     let mut s = Scheduler::new(Limits { slots: 1, ..LIMITS }, Box::new(Cheapest));
-    for (id, cost) in [(1, 30), (2, 10), (3, 20)] {
-        s.submit(vec![NewSequence {
-            cost,
-            ..sequence(id, &[5], 1)
-        }])
-        .unwrap();
+    for (id, max_new) in [(1, 3), (2, 1), (3, 2)] {
+        s.submit(vec![sequence(id, &[5], max_new)]).unwrap();
     }
-    let order: Vec<_> = (0..3).map(|_| ids(&step(&mut s))[0]).collect();
-    assert_eq!(order, [2, 3, 1]);
+    let order: Vec<_> = (0..6).map(|_| ids(&step(&mut s))[0]).collect();
+    assert_eq!(order, [2, 3, 3, 1, 1, 1]);
 }

@@ -2,9 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod flow;
+mod pace;
 mod prefix;
 
-use helix_sched::{Ended, Fcfs, Limits, NewSequence, Outcome, Plan, Scheduler, Scope, SeqId};
+use helix_sched::{
+    Ended, Fcfs, Limits, NewSequence, Outcome, Owner, Plan, Scheduler, Scope, SeqId,
+};
 
 pub(crate) const LIMITS: Limits = Limits {
     slots: 4,
@@ -12,6 +15,7 @@ pub(crate) const LIMITS: Limits = Limits {
     queue_requests: 8,
     queue_tokens: 256,
     step_tokens: 32,
+    step_micros: 0,
     prefix_reuse: true,
 };
 
@@ -28,7 +32,7 @@ pub(crate) fn sequence(id: SeqId, prompt: &[u32], max_new: u32) -> NewSequence {
         prompt_logits: false,
         scope: Scope::Owner(0),
         shared: 0,
-        cost: 0,
+        owner: Owner::default(),
     }
 }
 

@@ -22,7 +22,8 @@ fn a_finished_sequence_leaves_its_computed_tokens_behind() {
         [Started {
             id: 2,
             slot: 0,
-            cached: 4
+            cached: 4,
+            resumed: false
         }]
     );
     assert_eq!(
@@ -85,7 +86,8 @@ fn an_idle_prefix_above_the_slots_in_use_is_copied_down() {
         [Started {
             id: 3,
             slot: 0,
-            cached: 4
+            cached: 4,
+            resumed: false
         }]
     );
 }
@@ -111,7 +113,8 @@ fn an_idle_prefix_below_a_slot_in_use_is_used_in_place() {
             Started {
                 id: 4,
                 slot: 1,
-                cached: 4
+                cached: 4,
+                resumed: false
             }
         )
     );

@@ -9,16 +9,17 @@ use crate::world::{Held, Truth, World};
 impl World {
     pub(crate) fn check_started(&mut self, plan: &Plan, before: &[Held]) {
         for (index, started) in plan.started.iter().enumerate() {
-            assert_eq!(
-                self.queue.remove(0),
-                started.id,
+            let place = self.queue.iter().position(|id| *id == started.id);
+            assert!(
+                place == Some(0) || self.fair,
                 "not first come, first served"
             );
+            self.queue.remove(place.expect("it did not wait"));
             let truth = self.alive.get_mut(&started.id).unwrap();
             let reuse = if truth.logits || !self.limits.prefix_reuse {
                 0
             } else {
-                truth.prompt - 1
+                truth.target - 1
             };
             let shared = &truth.tokens[..truth.shared];
             let held = |(cache, scope): &Held| {
@@ -38,6 +39,7 @@ impl World {
                 );
             }
             assert!(started.cached <= reuse);
+            assert_eq!(started.resumed, truth.interruptions > 0);
             truth.slot = Some(started.slot);
             truth.cached = started.cached;
             assert!(
@@ -57,7 +59,7 @@ impl World {
             assert!(item.len > 0);
             let end = item.past + item.len;
             let last = if truth.prefilling() {
-                end == truth.prompt
+                end == truth.target
             } else {
                 true
             };
@@ -91,7 +93,7 @@ impl World {
             assert!(decodes >= decoding.len().min(share), "decoding starves");
             let oldest = prefilling.iter().min();
             assert!(
-                oldest.is_none_or(|id| planned.contains(id)),
+                self.fair || oldest.is_none_or(|id| planned.contains(id)),
                 "the oldest prefill starves"
             );
         }
@@ -109,6 +111,27 @@ impl World {
         }
     }
 
+    /// What is computed once more is not charged again.
+    pub(crate) fn check_charges(&self, plan: &Plan) {
+        let (mut prefill, mut decode) = (0, 0);
+        for item in &plan.items {
+            let truth = &self.alive[&item.id];
+            if truth.prefilling() {
+                prefill += item.len - truth.paid.saturating_sub(item.past).min(item.len);
+            } else {
+                decode += item.len;
+            }
+        }
+        let mut told = self.told.lock().unwrap();
+        assert_eq!(
+            (
+                std::mem::take(&mut told.prefill),
+                std::mem::take(&mut told.decode)
+            ),
+            (prefill, decode)
+        );
+    }
+
     pub(crate) fn check_counts(&self) {
         let counts = self.scheduler.counts();
         let count =
@@ -119,7 +142,7 @@ impl World {
             counts.waiting_tokens,
             self.queue
                 .iter()
-                .map(|id| self.alive[id].prompt)
+                .map(|id| self.alive[id].target)
                 .sum::<usize>()
         );
         assert_eq!(
@@ -132,9 +155,16 @@ impl World {
         );
         assert_eq!(counts.parked, count(|truth| truth.parked));
         assert_eq!(counts.slots_used, counts.prefilling + counts.running);
+        let mut waiting: Vec<SeqId> = self.scheduler.waiting().ids().collect();
+        let mut queue = self.queue.clone();
+        if self.fair {
+            waiting.sort_unstable();
+            queue.sort_unstable();
+        }
+        assert_eq!(waiting, queue);
         assert_eq!(
-            self.scheduler.waiting().ids().collect::<Vec<_>>(),
-            self.queue
+            self.told.lock().unwrap().waiting.values().sum::<usize>(),
+            queue.len()
         );
         assert_eq!(self.scheduler.is_idle(), self.alive.is_empty());
         assert_eq!(self.ended.len() + self.alive.len(), self.accepted);

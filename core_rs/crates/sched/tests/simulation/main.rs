@@ -16,14 +16,24 @@ fn limits() -> impl Strategy<Value = Limits> {
         1..120_usize,
         1..12_usize,
         prop::bool::weighted(0.8),
+        prop::sample::select(vec![0, 1, 2000]),
     )
         .prop_map(
-            |(slots, max_len, queue_requests, queue_tokens, step_tokens, prefix_reuse)| Limits {
+            |(
                 slots,
                 max_len,
                 queue_requests,
                 queue_tokens,
                 step_tokens,
+                prefix_reuse,
+                step_micros,
+            )| Limits {
+                slots,
+                max_len,
+                queue_requests,
+                queue_tokens,
+                step_tokens,
+                step_micros,
                 prefix_reuse,
             },
         )
@@ -37,7 +47,7 @@ fn op() -> impl Strategy<Value = Op> {
         0..9_u32,
         prop::option::weighted(0.3, 0..20_u64),
         prop::bool::weighted(0.15),
-        0..3_u8,
+        0..6_u8,
     )
         .prop_map(
             |(prompts, copies, max_new, patience, logits, owner)| Op::Submit {
@@ -77,8 +87,10 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_promise_holds(limits in limits(), ops in prop::collection::vec(op(), 1..120), reset_at in 0..400_usize) {
-        let mut world = World::new(limits);
+    fn every_promise_holds(
+        limits in limits(), fair in any::<bool>(), ops in prop::collection::vec(op(), 1..120), reset_at in 0..400_usize
+    ) {
+        let mut world = World::new(limits, fair);
         for (index, op) in ops.iter().enumerate() {
             world.apply(op);
             if index == reset_at {

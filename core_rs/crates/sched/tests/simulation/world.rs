@@ -1,15 +1,77 @@
 //! The scheduler, the engine it drives, and the truth about every sequence.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use helix_sched::{
-    Ended, Fcfs, Finish, Limits, NewSequence, Outcome, Plan, Refusal, Scheduler, Scope, SeqId,
+    Ended, Fair, Fcfs, Finish, Holder, Limits, NewSequence, Outcome, Owner, Plan, Policy, Prices,
+    Refusal, Scheduler, Scope, SeqId, Service, Waiting,
 };
 
 const GARBAGE: u32 = u32::MAX;
 /// What everybody may know.
 const SHARED: [u32; 3] = [1, 0, 1];
+
+const PRICES: Prices = Prices {
+    prefill: 1.0,
+    decode: 2.0,
+};
+
+/// What a policy was told.
+#[derive(Default)]
+pub(crate) struct Heard {
+    /// By organisation and key: sequences that wait.
+    pub(crate) waiting: HashMap<(u128, u128), usize>,
+    pub(crate) prefill: usize,
+    pub(crate) decode: usize,
+}
+
+pub(crate) type Told = Arc<Mutex<Heard>>;
+
+/// A policy, and what it was told.
+struct Watched<P> {
+    policy: P,
+    told: Told,
+}
+
+impl<P: Policy + 'static> Watched<P> {
+    fn boxed(policy: P, told: &Told) -> Box<dyn Policy> {
+        let told = Arc::clone(told);
+        Box::new(Self { policy, told })
+    }
+}
+
+impl<P: Policy> Policy for Watched<P> {
+    fn next(&mut self, waiting: &Waiting) -> Option<usize> {
+        self.policy.next(waiting)
+    }
+    fn precedes(&self, left: &Owner, right: &Owner) -> bool {
+        self.policy.precedes(left, right)
+    }
+    fn yields(&self, claimant: &Owner, holders: &[Holder]) -> Option<usize> {
+        self.policy.yields(claimant, holders)
+    }
+    fn joined(&mut self, owner: &Owner) {
+        let name = (owner.organisation, owner.key);
+        *self.told.lock().unwrap().waiting.entry(name).or_default() += 1;
+        self.policy.joined(owner);
+    }
+    fn left(&mut self, owner: &Owner) {
+        let mut told = self.told.lock().unwrap();
+        let waiting = told.waiting.get_mut(&(owner.organisation, owner.key));
+        let waiting = waiting.expect("never joined");
+        *waiting = waiting.checked_sub(1).expect("left twice");
+        drop(told);
+        self.policy.left(owner);
+    }
+    fn served(&mut self, owner: &Owner, service: Service) {
+        let mut told = self.told.lock().unwrap();
+        told.prefill += service.prefill;
+        told.decode += service.decode;
+        drop(told);
+        self.policy.served(owner, service);
+    }
+}
 
 /// Something that happens.
 #[derive(Clone, Debug)]
@@ -41,6 +103,8 @@ pub(crate) enum Op {
 pub(crate) struct Truth {
     pub(crate) tokens: Vec<u32>,
     pub(crate) prompt: usize,
+    /// Tokens to compute before one is sampled: the prompt, and what had been generated before an interruption.
+    pub(crate) target: usize,
     pub(crate) max_new: usize,
     pub(crate) logits: bool,
     pub(crate) scope: Scope,
@@ -50,6 +114,9 @@ pub(crate) struct Truth {
     pub(crate) parked: bool,
     pub(crate) cached: usize,
     pub(crate) idle_steps: usize,
+    pub(crate) interruptions: u32,
+    /// Positions that were computed before an interruption.
+    pub(crate) paid: usize,
 }
 
 /// Tokens that a slot holds, and who may start from them.
@@ -57,6 +124,10 @@ pub(crate) type Held = (Vec<u32>, Option<Scope>);
 
 pub(crate) struct World {
     pub(crate) limits: Limits,
+    /// Whether the policy is the fair one, which may interrupt, or the order of arrival.
+    pub(crate) fair: bool,
+    /// Sequences of each owner that the policy has been told to wait.
+    pub(crate) told: Told,
     pub(crate) scheduler: Scheduler,
     caches: Vec<Vec<u32>>,
     /// For whom each cached position was computed; `None`: everybody.
@@ -71,7 +142,7 @@ pub(crate) struct World {
 
 impl Truth {
     pub(crate) fn prefilling(&self) -> bool {
-        self.cached < self.prompt
+        self.cached < self.target
     }
     pub(crate) fn runnable(&self) -> bool {
         self.slot.is_some() && !self.parked
@@ -79,10 +150,18 @@ impl Truth {
 }
 
 impl World {
-    pub(crate) fn new(limits: Limits) -> Self {
+    pub(crate) fn new(limits: Limits, fair: bool) -> Self {
+        let told = Told::default();
+        let policy = if fair {
+            Watched::boxed(Fair::new(PRICES), &told)
+        } else {
+            Watched::boxed(Fcfs, &told)
+        };
         Self {
             limits,
-            scheduler: Scheduler::new(limits, Box::new(Fcfs)),
+            fair,
+            told,
+            scheduler: Scheduler::new(limits, policy),
             caches: vec![vec![GARBAGE; limits.max_len]; limits.slots],
             tags: vec![vec![None; limits.max_len]; limits.slots],
             alive: BTreeMap::new(),
@@ -108,7 +187,20 @@ impl World {
                     0 => Scope::Request(self.next_id),
                     owner => Scope::Owner(u128::from(*owner)),
                 };
-                self.submit(prompts, *copies, *max_new, *patience, *logits, scope);
+                let owner = Owner {
+                    organisation: u128::from(*owner % 2),
+                    key: u128::from(*owner),
+                    organisation_weight: f64::from(*owner % 2 * 2 + 1),
+                    ..Owner::default()
+                };
+                self.submit(
+                    prompts,
+                    *copies,
+                    *max_new,
+                    *patience,
+                    *logits,
+                    (scope, owner),
+                );
             }
             Op::Cancel(which) => self.cancel(*which),
             Op::Park(which) => self.park(*which, true),
@@ -151,7 +243,7 @@ impl World {
         max_new: u32,
         patience: Option<u64>,
         logits: bool,
-        scope: Scope,
+        (scope, owner): (Scope, Owner),
     ) {
         let mut request = Vec::new();
         for prompt in prompts {
@@ -171,7 +263,7 @@ impl World {
                     } else {
                         0
                     },
-                    cost: 1,
+                    owner,
                 });
             }
         }
@@ -193,7 +285,7 @@ impl World {
                     limit: self.limits.queue_tokens
                 })
             );
-        } else if before.waiting_requests == self.limits.queue_requests
+        } else if before.waiting_requests >= self.limits.queue_requests
             || before.waiting_tokens + total > self.limits.queue_tokens
         {
             let (requests, tokens) = (before.waiting_requests, before.waiting_tokens);
@@ -287,12 +379,12 @@ impl World {
             let generated = truth.tokens.len() - truth.prompt;
             if outcome.finished {
                 stopped.push(item.id);
-            } else if truth.cached >= truth.prompt && generated >= truth.max_new {
+            } else if truth.cached >= truth.target && generated >= truth.max_new {
                 limited.push(Ended {
                     id: item.id,
                     finish: Finish::Length,
                 });
-            } else if truth.cached >= truth.prompt && truth.tokens.len() >= self.limits.max_len {
+            } else if truth.cached >= truth.target && truth.tokens.len() >= self.limits.max_len {
                 limited.push(Ended {
                     id: item.id,
                     finish: Finish::Context,
@@ -302,6 +394,8 @@ impl World {
         if shuffle {
             outcomes.reverse();
         }
+        self.scheduler
+            .took(100 * plan.tokens.len() as u64 + self.now % 7 * 300);
         assert_eq!(self.scheduler.commit(&outcomes), limited);
         assert!(
             self.scheduler.commit(&outcomes).is_empty(),
@@ -368,13 +462,17 @@ impl World {
             runnable.iter().partition(|id| !self.alive[id].prefilling());
         let free = self.limits.slots - self.scheduler.counts().slots_used;
         let plan = self.scheduler.schedule();
+        let kept = |ids: Vec<SeqId>| -> Vec<SeqId> {
+            ids.into_iter()
+                .filter(|id| !plan.interrupted.contains(id))
+                .collect()
+        };
+        let (decoding, prefilling) = (kept(decoding), kept(prefilling));
+        self.interrupt(&plan, free);
 
         let can_start = free > 0 && !self.queue.is_empty();
-        assert_eq!(
-            plan.is_empty(),
-            runnable.is_empty() && !can_start,
-            "work is left lying"
-        );
+        let idle = runnable.is_empty() && !can_start && plan.interrupted.is_empty();
+        assert_eq!(plan.is_empty(), idle, "work is left lying");
         assert_eq!(
             plan.items.iter().map(|item| item.len).sum::<usize>(),
             plan.tokens.len()
@@ -386,7 +484,30 @@ impl World {
         self.check_started(&plan, &before);
         self.check_items(&plan);
         self.check_shares(&plan, &decoding, &prefilling);
+        self.check_charges(&plan);
         plan
+    }
+
+    /// Sequences that had to give their slots up wait again, with all they have generated.
+    fn interrupt(&mut self, plan: &Plan, free: usize) {
+        assert!(plan.interrupted.is_empty() || (self.fair && free < plan.started.len()));
+        assert!(plan.interrupted.len() <= plan.started.len(), "for nobody");
+        for id in &plan.interrupted {
+            let truth = self.alive.get_mut(id).unwrap();
+            assert!(truth.slot.take().is_some(), "it had no slot");
+            assert!(!(truth.logits && truth.prefilling()), "an echo is cut");
+            if !truth.prefilling() {
+                truth.target = truth.tokens.len();
+            }
+            truth.logits = false;
+            truth.parked = false;
+            truth.deadline = None;
+            truth.idle_steps = 0;
+            truth.paid = truth.paid.max(truth.cached);
+            truth.cached = 0;
+            truth.interruptions += 1;
+            self.queue.push(*id);
+        }
     }
 
     /// Runs a plan as an engine does, and writes garbage just behind what every slot holds.
@@ -446,7 +567,7 @@ impl World {
             .values()
             .map(|truth| truth.prompt + truth.max_new)
             .sum();
-        for _ in 0..=2 * work {
+        for _ in 0..=4 * work {
             if self.alive.is_empty() {
                 return;
             }
@@ -461,6 +582,7 @@ fn truth_of(sequence: &NewSequence) -> Truth {
     Truth {
         tokens: sequence.prompt.to_vec(),
         prompt: sequence.prompt.len(),
+        target: sequence.prompt.len(),
         max_new: sequence.max_new as usize,
         logits: sequence.prompt_logits,
         scope: sequence.scope,
@@ -470,6 +592,8 @@ fn truth_of(sequence: &NewSequence) -> Truth {
         parked: false,
         cached: 0,
         idle_steps: 0,
+        interruptions: 0,
+        paid: 0,
     }
 }
 
