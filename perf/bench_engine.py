@@ -71,6 +71,11 @@ def write_checkpoint(directory: Path) -> None:
     """A checkpoint of `SHAPE` with random fp32 weights, in the safetensors format."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(SHAPE))
+    write_weights(directory)
+
+
+def write_weights(directory: Path) -> None:
+    """Random fp32 weights for the `config.json` of a folder."""
     shapes = ModelSpec.load(directory).tensors()
     header, offset = {}, 0
     for name, shape in shapes.items():
