@@ -98,6 +98,7 @@ class Outage:
         self._hands = ThreadPoolExecutor(1)  # a process dies with the thread that has started it
         keys = [started.json("key", "add", f"key{n}", "--user", "owner@localhost") for n in range(KEYS)]
         self._keys = [key["secret"] for key in keys]
+        started.admin_key  # noqa: B018 - made now, while the database is there
         self._tls = context(started.certs)
         ports = [port(gateway) for gateway in started.gateways]
         self.load = Pressure(lambda: ports, self._tls, self._keys, "outage", clients=CLIENTS)
@@ -157,7 +158,7 @@ class Outage:
 
     async def _shipped(self, gateway: Process) -> bool:
         line = Line(port(gateway), self._tls)
-        ledger = (await line.ask(request(STATUS, None, "demo-key"))).json()["ledger"]
+        ledger = (await line.ask(request(STATUS, None, self._platform.admin_key))).json()["ledger"]
         line.close()
         # What it has adopted counts as shipped, too.
         return spools(gateway) == 1 and not ledger["pending"] and ledger["shipped"] >= ledger["ended"]

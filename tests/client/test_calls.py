@@ -5,7 +5,7 @@ import select
 
 import pytest
 
-from helixflow.core_rs import InvalidRequest, PoolClient, Prompt, Unavailable
+from helixflow.core_rs import Call, InvalidRequest, PoolClient, Prompt, Unavailable
 from helixflow.engine.scripted import Gate
 
 from .harness import LIMIT_S, Harness, events, poll, request, run, serving, text_of
@@ -50,19 +50,21 @@ def test_acceptance_wakes_when_asked_for_and_tells_the_prompt_size() -> None:
     async def test(harness: Harness) -> None:
         await harness.ready()
         prompts = [Prompt.text("a"), Prompt.tokens([5, 6])]
-        calls = [
-            harness.client.complete(
+
+        def complete(*, wake: bool) -> Call:
+            return harness.client.complete(
                 request(prompts=prompts), completion_id="cmpl-1", created=5, stream=False, wake_accepted=wake
             )
-            for wake in (True, False)
-        ]
+
+        calls = [complete(wake=True)]
         await harness.changed(calls[0])
         assert (calls[0].accepted, calls[0].done, calls[0].take(), calls[0].usage) == (True, False, b"", None)
         prompt_tokens = calls[0].prompt_tokens
         assert prompt_tokens is not None
         assert prompt_tokens > 2
+        calls.append(complete(wake=False))
         await poll(served.pool.stats, lambda stats: stats.running + stats.queued == 4)
-        gate.allow()  # whoever came too late for the first step has its slots with the next one
+        gate.allow()  # it came too late for the first step and has its slots with the next one
         await poll(lambda: calls[1].accepted, bool)
         assert harness.wakes == 1
         gate.open()

@@ -1,6 +1,7 @@
 """All services as processes: database, auth-service, pool, one or more gateways; the command line as the operator."""
 
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -65,6 +66,12 @@ class Platform:
         )
         assert done.returncode == status, f"{arguments}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
+
+    @functools.cached_property
+    def admin_key(self) -> str:
+        """A key of the owner that administers; made when it is first asked for."""
+        made = self.json("key", "add", "administration", "--user", "owner@localhost", "--admin")
+        return str(made["secret"])
 
     def json(self, *arguments: str) -> Any:
         """One command with `--json`."""

@@ -199,7 +199,7 @@ async def _settled(run: Run, database: Any) -> dict[str, Any]:
     """Waits until the gateway has handed over what it knew; its counters."""
     line = run.line()
     while True:
-        found: dict[str, Any] = (await line.ask(request(STATUS, None, "demo-key"))).json()
+        found: dict[str, Any] = (await line.ask(request(STATUS, None, run.platform.admin_key))).json()
         ledger = found["ledger"]
         held = await database.fetchval("SELECT coalesce(sum(held), 0) FROM limit_holds")
         if not ledger["pending"] and ledger["shipped"] == ledger["ended"] and not held:

@@ -65,7 +65,7 @@ def test_a_start_that_fails_later_loses_no_password(certs: Path) -> None:
 
 def check(platform: Platform, services: list[Process]) -> None:
     """Each thing was made once, and all services serve."""
-    logs = "".join(service.text() for service in services)
+    logs = "".join(process.text() for process in (platform.pool, *services))
     numbers = [each.number for each in migrate.read()]
     assert sorted(map(int, re.findall(r'"number":(\d+).*"migration applied"', logs))) == numbers
     password = one_time_password(platform.place)

@@ -108,7 +108,7 @@ class Scene:
         """The counters of a gateway."""
         line = self.line(gateway)
         try:
-            return (await line.ask(request(STATUS, None, "demo-key"))).json()
+            return (await line.ask(request(STATUS, None, self.platform.admin_key))).json()
         finally:
             line.close()
 
@@ -135,6 +135,7 @@ class Scene:
         for gateway in self.platform.gateways:
             for key in ("demo-key", *self.keys, *more):
                 assert (await self.ask(gateway, key)).status == 200
+            await self.status(gateway)
 
 
 def port(process: Process) -> int:

@@ -31,10 +31,12 @@ ELSEWHERE = {
     "deadline_exceeded": "integration/test_lifecycle.py",
     "queue_full": "integration/test_lifecycle.py",
     "draining": "integration/test_lifecycle.py",
+    "second_factor_required": "gateway/test_login.py",
+    "second_factor_missing": "gateway/test_login.py",
     "unavailable": "gateway/test_admin.py",
     "internal": "gateway/test_admin.py",
 }
-"""Refusals that need a platform in trouble, and the file of their test."""
+"""Refusals that need a platform in trouble, or rules of their own, and the file of their test."""
 
 
 # --- without limits -----------------------------------------------------------------
@@ -44,7 +46,7 @@ BEARERS = [
     ({"authorization": ""}, "invalid_api_key"),
     ({"authorization": "Bearer"}, "invalid_api_key"),
     ({"authorization": "Basic ZGVtby1rZXk6"}, "invalid_api_key"),
-    ({"x-api-key": "demo-key"}, "invalid_api_key"),
+    ({"x-api-key": "demo-key2"}, "invalid_api_key"),
     ({"cookie": "authorization=demo-key"}, "invalid_api_key"),
     ({"authorization": "Bearer demo-key2"}, "invalid_api_key"),
     ({"authorization": "Bearer hf-" + "0" * 49}, "invalid_api_key"),
@@ -120,7 +122,7 @@ def test_nobody_grants_more_than_they_have(site: Site) -> None:
 INFERENCE: list[tuple[dict[str, Any], int, str]] = [
     ({"json": {**HELLO, "model": "nothing"}}, 404, "model_not_found"),
     ({"json": {**HELLO, "tools": [{"type": "function"}]}}, 400, "unsupported_parameter"),
-    ({"json": {**HELLO, "max_tokens": 10_000}}, 400, "context_length_exceeded"),
+    ({"json": {**HELLO, "messages": [{"role": "user", "content": "a " * 10_000}]}}, 400, "context_length_exceeded"),
     ({"json": {**HELLO, "temperature": "hot"}}, 400, "invalid_request"),
     ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "invalid_request"),
     ({"content": b"a=1", "headers": {"content-type": "text/plain"}}, 415, "unsupported_media_type"),

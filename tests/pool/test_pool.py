@@ -101,7 +101,7 @@ def test_a_wrong_result_of_a_step_is_refused(start: Start, result: Any, words: s
 
 def test_the_error_table_and_the_classes_agree() -> None:
     rows = core_rs.error_table()
-    assert len(rows) == len({row.code for row in rows}) == 27
+    assert len(rows) == len({row.code for row in rows}) == 29
     for row in rows:
         assert issubclass(row.exception, core_rs.CoreError)
         assert row.exception.__module__ == "helixflow.core_rs"

@@ -315,7 +315,7 @@ mod tests {
             assert_eq!(Code::from_name(row.name), Some(row.code));
             assert!((400..600).contains(&row.http));
         }
-        assert_eq!(ROWS.len(), 27);
+        assert_eq!(ROWS.len(), 29);
     }
 
     #[test]
