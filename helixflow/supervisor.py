@@ -1,13 +1,11 @@
 """`helixflow serve`: prepares the machine, then keeps every service of it running."""
 
 import asyncio
-import os
 import shlex
 import signal
-import sys
 from collections.abc import Callable
 
-from helixflow import log
+from helixflow import command, log
 from helixflow.config import DEFAULT_AUTH, DEFAULT_POOLS, DEVELOPMENT_KEY, Config, model_of
 from helixflow.confine.copies import COPY_S, Copies
 from helixflow.confine.settle import settle
@@ -17,7 +15,7 @@ from helixflow.errors import EX_UNAVAILABLE, EX_USAGE, StartError
 from helixflow.liveness import Pulse, Systemd
 from helixflow.options import Address
 from helixflow.pki import keeper
-from helixflow.process import PARENT_PID, has_terminal
+from helixflow.process import has_terminal
 from helixflow.reaper import Reaper
 from helixflow.service import Service
 
@@ -57,25 +55,8 @@ async def prepare(config: Config, say: Callable[[str], None]) -> None:
 
 
 async def _command(*arguments: str) -> None:
-    """Runs a sub-command of `helixflow`, so that its memory is given back and its progress is shown.
-
-    A cancelled one is killed: both commands publish whole files or none.
-    """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "helixflow",
-        *arguments,
-        env={**os.environ, PARENT_PID: str(os.getpid())},
-        stdin=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        status = await process.wait()
-    except asyncio.CancelledError:
-        process.kill()
-        await process.wait()
-        raise
+    """Runs a sub-command of `helixflow`. Raises StartError when it fails."""
+    status = await command.run(*arguments)
     if status:
         raise StartError(f"`helixflow {' '.join(arguments[:2])}` failed; the message above says why", status)
 

@@ -113,18 +113,7 @@ async def build(config: Config, pool: Pool) -> Built:
             elsewhere=_elsewhere(config, pool, pepper, counters),
             development=config.development,
         )
-        currency = config.limits.currency
-        admin = AdminHandlers(
-            pool,
-            pepper,
-            signer,
-            hashes,
-            currency=currency,
-            development=config.development,
-            new_keys=of_new_keys(config),
-            sealer=sealer,
-            one_time_s=config.auth.one_time_ttl_s,
-        )
+        admin = _administration(config, pool, pepper, signer, hashes, sealer)
         first = await _first_start(config, pool, pepper, hashes, first_file)
         await _begin(
             stack,
@@ -143,6 +132,22 @@ async def build(config: Config, pool: Pool) -> Built:
             },
         )
         return Built({**handlers.methods(), **admin.methods()}, first, events, stack.pop_all())
+
+
+def _administration(
+    config: Config, pool: Pool, pepper: Pepper, signer: Signer, hashes: Passwords, sealer: Sealer
+) -> AdminHandlers:
+    return AdminHandlers(
+        pool,
+        pepper,
+        signer,
+        hashes,
+        currency=config.limits.currency,
+        development=config.development,
+        new_keys=of_new_keys(config),
+        sealer=sealer,
+        one_time_s=config.auth.one_time_ttl_s,
+    )
 
 
 async def _first_start(config: Config, pool: Pool, pepper: Pepper, hashes: Passwords, path: Path) -> FirstLogin | None:

@@ -1,14 +1,11 @@
 """`helixflow serve` and its certificates: made at the start, renewed while it runs."""
 
 import asyncio
-import os
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from helixflow import log
+from helixflow import command, log
 from helixflow.config import UNSET, Config
-from helixflow.process import PARENT_PID
 
 INTERVAL_S = 3600.0
 """Certificates that live a day are due eight hours before they end."""
@@ -27,29 +24,8 @@ def options(config: Config) -> list[str]:
 
 
 async def renew_due(config: Config) -> bool:
-    """Runs `helixflow pki renew`; false, and said in the log, when it failed.
-
-    A process of its own gives its memory back, and says on standard error what is wrong.
-    """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "helixflow",
-        "pki",
-        "renew",
-        *options(config),
-        env={**os.environ, PARENT_PID: str(os.getpid())},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        status = await process.wait()
-    except asyncio.CancelledError:
-        # It publishes whole files or none.
-        process.kill()
-        await process.wait()
-        raise
+    """Runs `helixflow pki renew`; false, and said in the log, when it failed."""
+    status = await command.run("pki", "renew", *options(config), quiet=True)
     if status:
         hint = (
             "see the message above; without the CA's key here, renew where it is and copy the files, or set pki.renew"
