@@ -118,6 +118,10 @@ def opened(golden: Golden, form: AttentionForm) -> TensorRtEngine:
     return engine
 
 
+ONE = core_rs.Owner(prefixes=bytes(16), organisation=bytes(16), key=bytes(16))
+"""One organisation: its requests start from each other's prefixes."""
+
+
 def ask(golden: Golden, client: core_rs.PoolClient, number: int, tokens: int = TOKENS, **options: Any) -> core_rs.Call:
     """Asks for the continuation of a golden prompt."""
     request = core_rs.GenerateRequest(
@@ -126,6 +130,7 @@ def ask(golden: Golden, client: core_rs.PoolClient, number: int, tokens: int = T
         prompts=[core_rs.Prompt.tokens(golden.cases[number]["input_ids"])],
         max_tokens=tokens,
         ignore_eos=True,
+        owner=ONE,
         **{"temperature": 0.0, "seed": number, **options},
     )
     return client.complete(request, completion_id="cmpl-1", created=0, stream=False)
