@@ -74,6 +74,14 @@ def service(seen: Seen) -> float:
     return seen.prompt_tokens + DECODE_PRICE * seen.completion_tokens
 
 
+def work(seen: Sequence[Seen]) -> float:
+    """Service of all together. Ends the benchmark when there was none: a ratio to nothing says nothing."""
+    total = sum(map(service, seen))
+    if not total:
+        raise SystemExit("no request ended while it was measured: give more --seconds")
+    return total
+
+
 def victim(bench: Bench) -> str:
     """First token of four clients, alone and beside floods."""
     rows, alone = [], 0.0
@@ -107,7 +115,7 @@ def cost(bench: Bench) -> str:
     for _ in range(ROUNDS):
         for side, one in enumerate((True, False)):
             seen = bench.run([Tenant(1 if one else number, *rest) for number, *rest in load])
-            rates[side].append(sum(map(service, seen)))
+            rates[side].append(work(seen))
     share = statistics.median(two / one for one, two in zip(*rates, strict=True))
     return f"Work done with two organisations, by that of one with the same requests: {share:.3f} (median of {ROUNDS})."
 
