@@ -4,6 +4,7 @@ import gzip
 import os
 import pty
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,7 +210,7 @@ def test_only_as_many_files_are_kept_as_asked_for(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    command_line = ["python", "-m", "helixflow", "gateway", "--profile", "development"]
+    command_line = [sys.executable, "-m", "helixflow", "gateway", "--profile", "development"]
     options = {"HELIX_LOG_FILE": str(tmp_path / "file" / "x.log"), "HELIX_HOME": str(tmp_path)}
     ended = subprocess.run(
         command_line, cwd=ROOT, env=environ(**options), capture_output=True, text=True, check=False, timeout=60
