@@ -8,6 +8,7 @@ mod chat;
 mod control;
 mod detok;
 mod growth;
+mod jinja;
 mod json_size;
 mod load;
 mod model;
