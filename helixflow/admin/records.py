@@ -112,10 +112,12 @@ async def audit_verify(operator: Operator, options: Namespace) -> Outcome:
     faults = report["faults"]
     entries = count_text(report["entries"])
     read = f"{count_text(report['rows'])} rows of {count_text(report['days'])} days, {entries} entries of the audit log"
-    dropped = "".join(f"\nremoved by retention: {line}" for line in report["dropped"])
+    gaps = [f"removed by retention: {line}" for line in report["dropped"]]
+    gaps += [f"chained with a pepper that is lost, so present but not checked: {line}" for line in report["lost"]]
+    unread = "".join(f"\n{line}" for line in gaps)
     if not faults:
         said = ", and the anchor" if options.anchor else ""
-        return Outcome({**report, "ok": True}, f"{read}: every chain holds{said}{dropped}")
+        return Outcome({**report, "ok": True}, f"{read}: every chain holds{said}{unread}")
     columns = [
         Column("CHAIN"),
         Column("DAY"),
@@ -127,7 +129,7 @@ async def audit_verify(operator: Operator, options: Namespace) -> Outcome:
         (fault["chain"] or "ledger", fault["day"], count_text(fault["sequence"]), fault["id"], fault["problem"])
         for fault in faults
     ]
-    text = f"{read}: the chain is broken in {len(faults)} places\n\n{table(columns, cells, '')}{dropped}"
+    text = f"{read}: the chain is broken in {len(faults)} places\n\n{table(columns, cells, '')}{unread}"
     return Outcome({**report, "ok": False}, text, status=1)
 
 

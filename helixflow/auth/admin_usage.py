@@ -144,6 +144,7 @@ class UsageMethods:
             faults=[filled(messages.LedgerFault, fault) for fault in report.faults],
             entries=report.entries,
             dropped=report.dropped,
+            lost=report.lost,
         )
 
     async def _anchor_ledger(self, request: Any, caller: Caller) -> Any:

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from helixflow.auth.errors import PepperError
+from helixflow.ledger import lost
 from helixflow.ledger.chain import chain_key
 from helixflow.pki import files
 from helixflow.pki.errors import PkiError
@@ -74,6 +75,7 @@ async def open_pepper(connection: Any, path: Path) -> Pepper:
         pepper = _make(path)
     if known is None:
         await connection.execute("UPDATE meta SET pepper_check = $1", pepper.check())
+        await lost.begin(connection, pepper.ledger_key())
     elif not hmac.compare_digest(known, pepper.check()):
         raise PepperError(
             f"{path} (auth.pepper) is not the file that the keys of this database were made with. All auth-services of "
@@ -91,7 +93,8 @@ _LOST = (
 async def forget(connection: Any, path: Path) -> tuple[int, int]:
     """Gives a lost pepper up, in a transaction: the next start makes another. Returns how many keys and sessions end.
 
-    What was made with the lost one never works again; so that no list shows it as if it did, it is revoked. Raises
+    What was made with the lost one never works again; so that no list shows it as if it did, it is revoked. The chains
+    of ledger and audit log end here, and go on with the next one. Raises
     PepperError while the pepper is not lost: its file is there, or an auth-service runs that has it.
     """
     await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
@@ -107,6 +110,7 @@ async def forget(connection: Any, path: Path) -> tuple[int, int]:
     if await connection.fetchval(_USED):
         raise PepperError("an auth-service is connected to this database and has the pepper still: stop it first")
     await connection.execute("UPDATE helixflow.meta SET pepper_check = NULL")
+    await lost.forget(connection)
     keys: int = await connection.fetchval(_REVOKE_KEYS)
     sessions: int = await connection.fetchval(_END_SESSIONS)
     return keys, sessions

@@ -295,8 +295,8 @@ async def _forget_pepper(config: "Config", _options: argparse.Namespace) -> int:
         keys, sessions = await forget(connection, config.auth.pepper)
     say(f"{target}: the pepper is forgotten, {keys} keys are revoked, {sessions} sessions ended")
     say(
-        "next: start the auth-service, then issue keys; `audit verify` can check nothing from before, and second "
-        "factors cannot be read any more: `helixflow user reset-factor`"
+        "next: start the auth-service, then issue keys; `audit verify` checks what comes from now on, of what was "
+        "before only that nothing is missing; second factors cannot be read any more: `helixflow user reset-factor`"
     )
     return 0
 

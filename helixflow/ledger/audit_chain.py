@@ -46,7 +46,7 @@ SELECT min(id), max(id) FROM helixflow.audit_log WHERE mac IS NOT NULL
 GROUP BY mac HAVING count(*) > 1 ORDER BY 1 LIMIT 1
 """
 _HEAD: Final = """
-SELECT h.sequence, h.hash, h.dropped_sequence, h.dropped_hash, m.audit_legacy, h.seal
+SELECT h.sequence, h.hash, h.dropped_sequence, h.dropped_hash, h.lost_sequence, m.audit_legacy, h.seal
 FROM helixflow.meta m LEFT JOIN helixflow.audit_head h ON true
 """
 # What the last checkpoint says of the chain, and what stands there.
@@ -58,9 +58,11 @@ _PUT: Final = """
 INSERT INTO helixflow.audit_chain (sequence, id, hash) SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::bytea[])
 """
 _SET_HEAD: Final = """
-INSERT INTO helixflow.audit_head (sequence, hash, dropped_sequence, dropped_hash, seal) VALUES ($1, $2, $3, $4, $5)
+INSERT INTO helixflow.audit_head (sequence, hash, dropped_sequence, dropped_hash, lost_sequence, seal)
+VALUES ($1, $2, $3, $4, $5, $6)
 ON CONFLICT (singleton) DO UPDATE SET sequence = excluded.sequence, hash = excluded.hash,
-    dropped_sequence = excluded.dropped_sequence, dropped_hash = excluded.dropped_hash, seal = excluded.seal
+    dropped_sequence = excluded.dropped_sequence, dropped_hash = excluded.dropped_hash,
+    lost_sequence = excluded.lost_sequence, seal = excluded.seal
 """
 # The last entry before the first one that is kept: the chain is cut in one place.
 _CUT: Final = """
@@ -83,13 +85,16 @@ class Head:
     hash: bytes = b""
     dropped_sequence: int = 0
     dropped_hash: bytes = b""
+    lost_sequence: int = 0
+    """Entries up to this place were chained with a pepper that is lost."""
     legacy: int = 0
     """Entries up to this id were written before entries had an HMAC."""
 
     def seal(self, key: bytes) -> bytes:
         """What shows that nobody else changed it."""
-        numbers = f"{self.sequence} {self.dropped_sequence} {self.legacy} {len(self.hash)} "
-        return hmac.digest(key, b"head " + numbers.encode() + self.hash + self.dropped_hash, "sha256")
+        lost = f"lost {self.lost_sequence} " if self.lost_sequence else ""
+        numbers = f"{lost}head {self.sequence} {self.dropped_sequence} {self.legacy} {len(self.hash)} "
+        return hmac.digest(key, numbers.encode() + self.hash + self.dropped_hash, "sha256")
 
 
 class Entry(NamedTuple):
@@ -134,14 +139,21 @@ async def load(connection: Any, key: bytes) -> tuple[Head, bool]:
     row = await connection.fetchrow(_HEAD)
     if row["seal"] is None:
         return Head(hash=start(key), legacy=row["audit_legacy"]), True
-    head = Head(row["sequence"], row["hash"], row["dropped_sequence"], row["dropped_hash"], row["audit_legacy"])
-    return head, hmac.compare_digest(row["seal"], head.seal(key))
+    *fields, seal = row
+    head = Head(*fields)
+    return head, hmac.compare_digest(seal, head.seal(key))
 
 
 async def save(connection: Any, key: bytes, head: Head) -> None:
     """Writes the head under a new seal."""
     await connection.execute(
-        _SET_HEAD, head.sequence, head.hash, head.dropped_sequence, head.dropped_hash, head.seal(key)
+        _SET_HEAD,
+        head.sequence,
+        head.hash,
+        head.dropped_sequence,
+        head.dropped_hash,
+        head.lost_sequence,
+        head.seal(key),
     )
 
 
@@ -200,6 +212,8 @@ async def verify(connection: Any, key: bytes, report: Report, witnesses: Sequenc
     report.entries = check.seen
     if head.dropped_sequence:
         report.dropped.append(f"audit log: entries 1 to {head.dropped_sequence}")
+    if head.lost_sequence > head.dropped_sequence:
+        report.lost.append(f"audit log: entries {head.dropped_sequence + 1} to {head.lost_sequence}")
     if not check.fault:
         check.end(sealed=sealed)
     if not check.fault:
@@ -251,6 +265,8 @@ class _Check:
                 self.wrong(self._next, None, None, f"the entry {problem}")
             elif found is None:
                 self.wrong(sequence, number, None, "the entry was removed")
+            elif sequence <= self._head.lost_sequence:
+                pass  # its key is lost: that it is there is all that can be said
             elif link(self._key, self._previous, sequence, number, Entry(*fields).encode()) != stored:
                 self.wrong(sequence, number, fields[0], "the entry was altered, or another one stood here")
             else:

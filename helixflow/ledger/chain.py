@@ -43,11 +43,14 @@ class Head:
     hash: bytes = b""
     dropped_sequence: int = 0
     dropped_hash: bytes = b""
+    lost_sequence: int = 0
+    """Rows up to this one were chained with a pepper that is lost."""
 
     def seal(self, key: bytes) -> bytes:
         """What shows that nobody else changed it."""
-        numbers = f"{self.day.isoformat()} {self.sequence} {self.dropped_sequence} {len(self.hash)} "
-        return hmac.digest(key, b"head " + numbers.encode() + self.hash + self.dropped_hash, "sha256")
+        lost = f"lost {self.lost_sequence} " if self.lost_sequence else ""
+        numbers = f"{lost}head {self.day.isoformat()} {self.sequence} {self.dropped_sequence} {len(self.hash)} "
+        return hmac.digest(key, numbers.encode() + self.hash + self.dropped_hash, "sha256")
 
 
 def midnight(day: date) -> datetime:

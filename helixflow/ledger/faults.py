@@ -33,3 +33,5 @@ class Report:
     """Of the audit log."""
     dropped: list[str] = field(default_factory=list)
     """What retention has removed, a line each."""
+    lost: list[str] = field(default_factory=list)
+    """What was chained with a pepper that is lost, a line each: nobody can check it."""

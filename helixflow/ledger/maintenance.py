@@ -114,7 +114,8 @@ async def _drop(connection: Any, month: date, chain_key: bytes) -> None:
         for day, sequence, digest in days:
             head = Head(day, sequence, digest, sequence, digest)
             await connection.execute(
-                "UPDATE helixflow.ledger_days SET dropped_sequence = $2, dropped_hash = $3, seal = $4 WHERE day = $1",
+                "UPDATE helixflow.ledger_days SET dropped_sequence = $2, dropped_hash = $3, lost_sequence = 0, "
+                "seal = $4 WHERE day = $1",
                 day,
                 sequence,
                 digest,

@@ -20,7 +20,7 @@ from helixflow.db.pool import Pool
 from helixflow.ledger import audit_chain, seals
 from helixflow.ledger.audit_chain import ChainError
 from helixflow.ledger.chain import Head
-from helixflow.ledger.seals import AnchorError, Checkpoint, End, SealKeys
+from helixflow.ledger.seals import AnchorError, AnotherKeyError, Checkpoint, End, SealKeys
 from helixflow.pki import files
 from helixflow.pki.errors import PkiError
 
@@ -38,7 +38,8 @@ FROM helixflow.meta m LEFT JOIN helixflow.ledger_checkpoint k ON true
 """
 _SEALED: Final = "SELECT day, sequence, hash FROM helixflow.ledger_sealed ORDER BY day"
 _CHANGED: Final = """
-SELECT d.day, d.sequence, d.hash, d.dropped_sequence, d.dropped_hash, d.seal FROM helixflow.ledger_days d
+SELECT d.day, d.sequence, d.hash, d.dropped_sequence, d.dropped_hash, d.lost_sequence, d.seal
+FROM helixflow.ledger_days d
 LEFT JOIN helixflow.ledger_sealed s ON s.day = d.day
 WHERE s.day IS NULL OR s.sequence <> d.sequence ORDER BY d.day
 """
@@ -127,13 +128,13 @@ async def _checkpoint(connection: Any, keys: SealKeys) -> Checkpoint:
 
 def _end(keys: SealKeys, known: Mapping[date, End], row: Any) -> tuple[date, End]:
     """The end of a day that has changed. Raises ChainError when it went back, or its seal is wrong."""
-    day, sequence, digest, dropped_sequence, dropped_hash, sealed = row
-    head = Head(day, sequence, digest, dropped_sequence, dropped_hash)
+    *fields, sealed = row
+    head = Head(*fields)
     if not hmac.compare_digest(head.seal(keys.chain), sealed):
-        raise ChainError(f"the head of the day {day} was altered")
-    if day in known and sequence < known[day].sequence:
-        raise ChainError(f"rows were removed from the end of the day {day}")
-    return day, End(sequence, digest)
+        raise ChainError(f"the head of the day {head.day} was altered")
+    if head.day in known and head.sequence < known[head.day].sequence:
+        raise ChainError(f"rows were removed from the end of the day {head.day}")
+    return head.day, End(head.sequence, head.hash)
 
 
 class Sealer:
@@ -187,11 +188,18 @@ class Sealer:
         return self._folder and self._folder / f"anchor-{installation}.json"
 
     def own(self, installation: str) -> Checkpoint | None:
-        """The anchor of this machine. Raises AnchorError."""
+        """The anchor of this machine; one from before the pepper was given up is set aside. Raises AnchorError."""
         path = self.path(installation)
         if path is None or not path.exists():
             return None
-        return seals.parse(path.read_bytes(), self.keys, installation)
+        try:
+            return seals.parse(path.read_bytes(), self.keys, installation)
+        except AnotherKeyError:
+            # The database knows this pepper, and nobody who has only the database can write here.
+            aside = path.with_suffix(f".{int(path.stat().st_mtime)}.json")
+            path.replace(aside)
+            logger.warning("the anchor of this machine was signed with a pepper that is lost", set_aside=str(aside))
+            return None
 
     def _compare(self, last: Checkpoint) -> None:
         """Before anything is sealed on top of it: raises AnchorError when the database went back."""

@@ -31,6 +31,10 @@ class AnchorError(ValueError):
     """It is no anchor, or not one of this installation; the message says why."""
 
 
+class AnotherKeyError(AnchorError):
+    """It was signed with another pepper."""
+
+
 @dataclass(frozen=True, slots=True)
 class SealKeys:
     """The keys of all seals, derived from that of the chains: every auth-service of an installation has them."""
@@ -166,7 +170,9 @@ def parse(data: bytes, keys: SealKeys, installation: str) -> Checkpoint:
     if found.installation != installation:
         raise AnchorError(f"the anchor belongs to the installation {found.installation}, this one is {installation}")
     if found.public_key != keys.public.hex():
-        raise AnchorError("the anchor was signed with another key: is auth.pepper that of the installation?")
+        raise AnotherKeyError(
+            "the anchor was signed with another key: is auth.pepper that of the installation, or was it given up since?"
+        )
     try:
         holds = checkpoint.holds(keys.public)
     except (OverflowError, ValueError):  # a number that no statement has

@@ -20,7 +20,7 @@ _US: Final = timedelta(microseconds=1)
 _DAY: Final = timedelta(days=1)
 
 _DAYS: Final = """
-SELECT day, sequence, hash, dropped_sequence, dropped_hash, seal FROM helixflow.ledger_days
+SELECT day, sequence, hash, dropped_sequence, dropped_hash, lost_sequence, seal FROM helixflow.ledger_days
 WHERE day BETWEEN $1 AND $2 ORDER BY day
 """
 # In the order of Row's fields, so that a record of the database is one.
@@ -175,7 +175,8 @@ async def _verify_day(connection: Any, key: bytes, day: date, report: Report, wi
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         await connection.execute("SET LOCAL statement_timeout = 0")
         found = await connection.fetchrow(_DAYS, day, day)
-        head = Head(day, found["sequence"], found["hash"], found["dropped_sequence"], found["dropped_hash"])
+        *fields, seal = found
+        head = Head(*fields)
         report.days += 1
         check = _Check(key, head, witnesses)
         cursor = await connection.cursor(_ROWS, since, until, timeout=DAY_S)
@@ -184,10 +185,12 @@ async def _verify_day(connection: Any, key: bytes, day: date, report: Report, wi
                 break
         report.rows += check.seen
         fault = check.fault or check.end()
-        if not hmac.compare_digest(found["seal"], head.seal(key)):
+        if not hmac.compare_digest(seal, head.seal(key)):
             fault = fault or check.wrong(0, "", "the head of the chain was altered")
         if head.dropped_sequence:
             report.dropped.append(f"{day}: rows 1 to {head.dropped_sequence}")
+        if head.lost_sequence > head.dropped_sequence:
+            report.lost.append(f"{day}: rows {head.dropped_sequence + 1} to {head.lost_sequence}")
         whole = fault is None and not head.dropped_sequence
         if whole and await connection.fetchval(_USAGE, day, since, until, timeout=DAY_S):
             fault = check.wrong(0, "", "the day's usage is not the sum of its rows")
@@ -222,7 +225,8 @@ class _Check:
                 self._out_of_order(sequence, identity)
                 return False
             row = Row(identity, (at - EPOCH) // _US, *rest)
-            if link(self._key, self._previous, sequence, row) != stored:
+            lost = sequence <= self._head.lost_sequence
+            if not lost and link(self._key, self._previous, sequence, row) != stored:
                 self.wrong(sequence, _text(identity), "the row was altered, or another one stood here")
                 return False
             self.seen += 1

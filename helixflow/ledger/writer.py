@@ -49,7 +49,7 @@ ATTEMPTS: Final = 3
 """A partition may be dropped between two statements."""
 
 _HEADS: Final = """
-SELECT day, sequence, hash, dropped_sequence, dropped_hash FROM helixflow.ledger_days
+SELECT day, sequence, hash, dropped_sequence, dropped_hash, lost_sequence FROM helixflow.ledger_days
 WHERE day = ANY($1::date[]) ORDER BY day FOR UPDATE
 """
 _NEW_HEADS: Final = """

@@ -101,3 +101,9 @@ def error(kind: type[CoreError], message: str, param: str | None = None, retry_a
     made = refusal(kind, message, param)
     made.retry_after_s = retry_after_s
     return made
+
+
+def sent(service: Scripted, method: str) -> dict[str, Any]:
+    """The fields that were set in the one call of this method, without who acts."""
+    message = service.only(f"AdminService/{method}")
+    return {name: value for name, value in message.items() if name != "actor" and value not in ("", 0, False, [])}

@@ -287,6 +287,7 @@ DATA = {
         INSERT INTO recovery_codes (digest, user_id) VALUES
             (sha256('code'), '00000000-0000-4000-8000-000000000002');
     """,
+    "lost_pepper": "UPDATE ledger_days SET lost_sequence = 1; UPDATE audit_head SET lost_sequence = 1",
     "login": """
         INSERT INTO login_attempts (account, address, failures) VALUES (sha256('a@b'), '192.0.2.1', 3);
         INSERT INTO known_addresses (user_id, address) VALUES ('00000000-0000-4000-8000-000000000002', '192.0.2.1');
