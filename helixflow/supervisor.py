@@ -42,21 +42,34 @@ def run(config: Config, say: Callable[[str], None]) -> int:
 
 
 async def prepare(config: Config, say: Callable[[str], None]) -> None:
-    """Certificates and engine: makes what is missing. Raises StartError."""
+    """Certificates and tables: makes what is missing. Raises StartError."""
     say(f"certificates  {config.certs}")
     await _command("pki", "init", *keeper.options(config))
     if config.database.owner_url:
         say("database      migrations")
         await _command("db", "migrate")
-    if config.pool.engine != "scripted":
-        model, recipe = model_of(config), pool_recipe(config.pool)
-        say(f"engine        {config.pool.model_id} ({model}), {recipe.kind} {recipe.precision}")
-        await _command("engine", "build", str(model), *recipe.arguments(), "--engines", str(config.engines))
 
 
-async def _command(*arguments: str) -> None:
-    """Runs a sub-command of `helixflow`. Raises StartError when it fails."""
-    status = await command.run(*arguments)
+async def build(config: Config, pool: Service, say: Callable[[str], None]) -> None:
+    """The engine, when it is missing. Strangers' checkpoints are read here, so it runs as what the pool may be.
+
+    Raises StartError.
+    """
+    if config.pool.engine == "scripted":
+        return
+    model, recipe = model_of(config), pool_recipe(config.pool)
+    say(f"engine        {config.pool.model_id} ({model}), {recipe.kind} {recipe.precision}")
+    # The launcher leaves this folder.
+    checkpoint, engines = (str(path.expanduser().absolute()) for path in (model, config.engines))
+    await _command("engine", "build", checkpoint, *recipe.arguments(), "--engines", engines, service=pool)
+
+
+async def _command(*arguments: str, service: Service | None = None) -> None:
+    """Runs a sub-command of `helixflow`, confined as `service` is. Raises StartError when it fails."""
+    if service is None:
+        status = await command.run(*arguments)
+    else:
+        status = await command.run(*arguments, environ=service.environ, launcher=service.launcher)
     if status:
         raise StartError(f"`helixflow {' '.join(arguments[:2])}` failed; the message above says why", status)
 
@@ -111,6 +124,7 @@ class Supervisor:
     async def _start(self) -> None:
         await prepare(self._config, self._say)
         await self._settle()
+        await build(self._config, self._pool, self._say)
         if self._database in self._services:
             await self._database.start()
         if self._auth in self._services:

@@ -13,6 +13,8 @@ from helixflow.confine.probe import READ, WRITE
 from helixflow.engine.manifest import MANIFEST
 from helixflow.engine.store import SELFTEST, WORK, model_name
 
+_SHARED = stat.S_ISVTX | stat.S_IRWXG
+
 Needed = tuple[str, Path]
 """READ or WRITE, and where."""
 
@@ -44,8 +46,9 @@ def needed(service: str, config: Config) -> list[Needed]:
     if service == "pool":
         model = _absolute(model_of(config))
         found += [(READ, model), *((READ, path) for path in model.iterdir() if path.is_file())]
+        found += [(READ, _absolute(path)) for path in config.pool.shared_prefixes]
         if config.pool.engine != "scripted":
-            found += [(WRITE, path) for path in _engines(config)]
+            found += [(WRITE, path) for path in (_engine_home(config), *_engines(config))]
     return found
 
 
@@ -85,6 +88,7 @@ def hand_over(service: str, config: Config, account: Account) -> None:
         elif pepper.exists():
             give(pepper, account, mine)
     if service == "pool" and config.pool.engine != "scripted":
+        _share(_engine_home(config), account)
         for path in _engines(config):
             _folder(path, 0o700)
             give(path, account, mine)
@@ -110,12 +114,25 @@ def give(path: Path, account: Account, mine: Iterable[int]) -> None:
                 change(name, folder)
 
 
+def _share(path: Path, account: Account) -> None:
+    """Lets the account make files and folders in `path` and remove its own, but nobody else's."""
+    _folder(path, 0o755)
+    info = path.stat()
+    if info.st_uid != account.uid and not (info.st_gid == account.gid and info.st_mode & _SHARED == _SHARED):
+        os.chown(path, -1, account.gid)
+        path.chmod(stat.S_IMODE(info.st_mode) | _SHARED)
+
+
+def _engine_home(config: Config) -> Path:
+    """Where the engines of the model are. The checkpoint may lie in the same folder, and is not the pool's."""
+    return _absolute(config.engines) / model_name(model_of(config))
+
+
 def _engines(config: Config) -> list[Path]:
-    """The built engines of the model, and where the pool works on them. The checkpoint may lie in the same folder."""
-    engines = _absolute(config.engines)
-    home = engines / model_name(model_of(config))
+    """The built engines of the model, and where they are worked on."""
+    home = _engine_home(config)
     built = [path.parent for path in home.glob(f"*/{MANIFEST}")]
-    return [home / WORK, *built, *([] if config.pool.engine == "onnx" else [engines / SELFTEST])]
+    return [home / WORK, *built, *([] if config.pool.engine == "onnx" else [home.parent / SELFTEST])]
 
 
 def _folder(path: Path, mode: int) -> None:

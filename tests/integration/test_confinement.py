@@ -28,6 +28,7 @@ from .test_supervision import answers, lines, worker_of
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="only root can become others"), pytest.mark.timeout(120)]
 FIRST = 60601
+DEMO = Path(__file__).resolve().parents[2] / "engines" / "demo"
 UIDS = {name: FIRST + SERVICES.index(name) for name in ("gateway", "auth", "pool")}
 SECRETS = {
     "HELIX_AUTH_OIDC_CLIENT_SECRET": "oidc-client-s3cret",
@@ -148,6 +149,16 @@ for path in sys.argv[1:]:
         continue
     print(path)
 """
+REPLACE = """
+import os, sys
+for path in sys.argv[1:]:
+    try:
+        os.rename(path, path + ".away")
+        os.rename(path + ".away", path)
+    except OSError:
+        continue
+    print(path)
+"""
 CONNECT = """
 import socket, sys
 try:
@@ -161,6 +172,11 @@ print("connected")
 def opened(uid: int, paths: list[Path]) -> list[Path]:
     """Which of the paths an account can open."""
     return [Path(line) for line in as_account(uid, OPEN, *map(str, paths)).splitlines()]
+
+
+def replaced(uid: int, paths: list[Path]) -> list[Path]:
+    """Which of the paths an account can put something else in place of."""
+    return [Path(line) for line in as_account(uid, REPLACE, *map(str, paths)).splitlines()]
 
 
 def connects(uid: int, path: Path) -> bool:
@@ -198,7 +214,7 @@ def test_where_an_account_cannot_reach_root_stays_without_capabilities(
     serve: Start, own: Path, place: Path, tmp_path: Path
 ) -> None:
     """A checkpoint that only root may read; everything else is as it was. Afterwards, no account but root's."""
-    model = Path(shutil.copytree(Path(__file__).resolve().parents[2] / "engines" / "demo", place / "model"))
+    model = Path(shutil.copytree(DEMO, place / "model"))
     for path in model.iterdir():
         if path.is_file():
             path.chmod(0o600)
@@ -220,6 +236,20 @@ def test_where_an_account_cannot_reach_root_stays_without_capabilities(
     until(lambda: answers(again, own), "what the accounts owned is root's again", 30)
     assert {status(pid)["Uid"].split()[0] for pid in pids(again).values()} == {"0"}
     assert {status(pid)["CapEff"] for pid in pids(again).values()} == {"0" * 16}
+
+
+def test_an_engine_is_built_by_the_account_that_serves_it(serve: Start, own: Path, place: Path, tmp_path: Path) -> None:
+    """The checkpoint, a stranger's, lies where its engines go: the account adds them, and cannot touch the files."""
+    model = Path(shutil.copytree(DEMO, place / "models" / "demo", ignore=shutil.ignore_patterns("onnx-*", ".*")))
+    served = serve(HELIX_POOL_ENGINE="onnx", HELIX_MODEL=str(model), HELIX_ENGINES=str(model.parent)).until_ready()
+    until(lambda: served.chat_with(own, "demo") == 200, "it serves", 30)
+    assert lines(tmp_path, "service keeps the account root, without its capabilities") == []
+    [built] = [path.parent for path in model.glob("*/manifest.json")]
+    assert {path.stat().st_uid for path in (built, *built.iterdir())} == {UIDS["pool"]}
+    assert model.stat().st_uid == (model / "config.json").stat().st_uid == 0
+    assert replaced(UIDS["pool"], [model / "config.json", built / "config.json"]) == [built / "config.json"]
+    served.popen.send_signal(signal.SIGTERM)
+    assert served.popen.wait(30) == 0
 
 
 def test_a_port_for_the_privileged_and_a_log_of_its_own(serve: Start, own: Path, place: Path) -> None:
@@ -257,9 +287,8 @@ def test_started_by_somebody_else_services_have_no_way_up_either(certs: Path, pl
     home.mkdir()
     for path in (mine, home, *mine.iterdir()):
         os.chown(path, somebody.uid, somebody.gid)
-    demo = Path(__file__).resolve().parents[2] / "engines" / "demo"
-    plan = Plan.of(somebody, shown=tuple(map(str, [*software(), place, demo])))
-    given: dict[str, Any] = environment(mine, home, **SCRIPTED, **SECRETS, HELIX_MODEL=str(demo), HOME=str(home))
+    plan = Plan.of(somebody, shown=tuple(map(str, [*software(), place, DEMO])))
+    given: dict[str, Any] = environment(mine, home, **SCRIPTED, **SECRETS, HELIX_MODEL=str(DEMO), HOME=str(home))
     given |= {PLAN: plan.dumps(), PARENT_PID: str(os.getpid())}
     with (tmp_path / "serve.log").open("ab") as output:
         served = Served(given, stderr=output, launcher=("helixflow.confine.launch",))
