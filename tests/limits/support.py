@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import heapq
+import itertools
 import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -42,9 +43,25 @@ class Clock:
 
     def __init__(self, now: float = START) -> None:
         self.now = now
+        self._sleeping: list[tuple[float, int, asyncio.Event]] = []
+        self._sleeps = itertools.count()
 
     def __call__(self) -> float:
         return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        """Waits until somebody moves the clock so far."""
+        event = asyncio.Event()
+        heapq.heappush(self._sleeping, (self.now + seconds, next(self._sleeps), event))
+        await event.wait()
+
+    async def move(self, seconds: float) -> None:
+        """Time goes by; who wakes up has its turn before this returns."""
+        self.now = round(self.now + seconds, 3)
+        while self._sleeping and self._sleeping[0][0] <= self.now:
+            heapq.heappop(self._sleeping)[-1].set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
 
 
 def limits(subject: str = KEY, **values: int) -> tuple[SubjectLimits, ...]:
@@ -261,16 +278,10 @@ async def until(condition: Callable[[], bool]) -> None:
 async def passes(clock: Clock, seconds: float, *limiters: Limiter) -> None:
     """Time goes by, with a tick each 50 ms and the calls that follow from it."""
     for _ in range(round(seconds / 0.05)):
-        clock.now = round(clock.now + 0.05, 3)
+        await clock.move(0.05)
         for limiter in limiters:
             limiter.tick()
             await limiter.settled()
-
-
-def scaled(factor: float) -> Callable[[], float]:
-    """A clock that runs `factor` times as fast as the world, from `START`."""
-    began = time.monotonic()
-    return lambda: START + (time.monotonic() - began) * factor
 
 
 class World:

@@ -33,7 +33,6 @@ from .support import (
     limiter,
     limits,
     passes,
-    scaled,
 )
 
 LIMITS = (
@@ -196,20 +195,16 @@ def test_the_same_on_redis(shared_redis: Redis, steps: Steps, losses: list[str])
     asyncio.run(_play(steps, losses, shared_redis.store))
 
 
-FACTOR = 30.0
-"""How fast the clock of the next test runs: a minute takes two seconds."""
-
-
-async def _stream(gateway: Limiter, dice: random.Random, until: float, used: Counter[int]) -> None:
+async def _stream(gateway: Limiter, dice: random.Random, clock: Clock, used: Counter[int]) -> None:
     """A client that always has something to ask: up to 100 tokens each time, and fewer in the end."""
     chosen = limits(KEY, tokens_per_minute=10_000)
-    while gateway.now() < until:
+    while True:
         try:
             found = gateway.try_reserve(chosen, 100, 0) or await gateway.reserve(chosen, 100, 0)
         except RateLimitExceeded:
-            await asyncio.sleep(dice.uniform(0.5, 3) / FACTOR)
+            await clock.sleep(dice.uniform(0.5, 3))
             continue
-        await asyncio.sleep(dice.uniform(0.2, 4) / FACTOR)
+        await clock.sleep(dice.uniform(0.2, 4))
         tokens = dice.randint(10, 100)
         found.settle(tokens, 0)
         used[int(found.since)] += tokens
@@ -220,15 +215,16 @@ def test_200_streams_over_4_gateways_use_the_limit_up(kind: str, request: pytest
     backend = request.getfixturevalue(kind)
 
     async def work() -> Counter[int]:
-        clock = scaled(FACTOR)
+        clock = Clock()
         used: Counter[int] = Counter()
         async with backend.store(clock) as store:
             gateways = [limiter(number, store.lease, clock) for number in range(4)]
-            ticking = [asyncio.create_task(each.run()) for each in gateways]
-            await asyncio.gather(*(_stream(gateways[n % 4], random.Random(n), START + 120, used) for n in range(200)))
-            for task in ticking:
-                task.cancel()
-            await asyncio.gather(*ticking, return_exceptions=True)
+            async with asyncio.TaskGroup() as group:
+                streams = [_stream(gateways[n % 4], random.Random(n), clock, used) for n in range(200)]
+                running = [group.create_task(stream) for stream in streams]
+                await passes(clock, 120, *gateways)
+                for task in running:
+                    task.cancel()
             for each in gateways:
                 await each.close()
                 assert each.fallbacks == 0
