@@ -105,3 +105,9 @@ def refusal_of(answer: httpx.Response) -> dict[str, Any]:
     assert answer.headers["x-request-id"]
     refused: dict[str, Any] = body["error"]
     return refused
+
+
+def sent(here: Stage, method: str) -> dict[str, Any]:
+    """The fields of the one call of this method, without who acts and what is empty."""
+    message = here.service.only(f"AdminService/{method}")
+    return {name: value for name, value in message.items() if name != "actor" and value not in ("", 0, False, [])}
