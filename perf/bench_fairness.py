@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,9 @@ SCRIPT = (104, 105)
 """Tokens of the scripted engine: any two that are text."""
 DECODE_PRICE = 2
 ROUNDS = 3
+COST_ROUNDS = 5
 GUESSES = 1000
+CLIENTS = 44
 
 VICTIM = Tenant(organisation=1, clients=4, prompt=64, answer=16)
 FLOODS = {
@@ -74,14 +77,6 @@ def service(seen: Seen) -> float:
     return seen.prompt_tokens + DECODE_PRICE * seen.completion_tokens
 
 
-def work(seen: Sequence[Seen]) -> float:
-    """Service of all together. Ends the benchmark when there was none: a ratio to nothing says nothing."""
-    total = sum(map(service, seen))
-    if not total:
-        raise SystemExit("no request ended while it was measured: give more --seconds")
-    return total
-
-
 def victim(bench: Bench) -> str:
     """First token of four clients, alone and beside floods."""
     rows, alone = [], 0.0
@@ -109,27 +104,35 @@ def shares(bench: Bench) -> str:
 
 
 def cost(bench: Bench) -> str:
-    """The same load sent by one organisation and by two, which takes the fair policy work. In turn."""
-    load = [(1, 40, 64, 100), (2, 4, 64, 16)]
-    rates: tuple[list[float], list[float]] = ([], [])
-    for _ in range(ROUNDS):
-        for side, one in enumerate((True, False)):
-            seen = bench.run([Tenant(1 if one else number, *rest) for number, *rest in load])
-            rates[side].append(work(seen))
-    share = statistics.median(two / one for one, two in zip(*rates, strict=True))
-    return f"Work done with two organisations, by that of one with the same requests: {share:.3f} (median of {ROUNDS})."
+    """Like requests of 44 clients sent by one organisation, and by 2 and 11 of them, which takes the policy work."""
+    splits = (1, 2, 11)
+    rates: dict[int, list[int]] = {split: [] for split in splits}
+    for _ in range(COST_ROUNDS):
+        for split in splits:
+            crowd = [Tenant(n, clients=CLIENTS // split, prompt=64, answer=100) for n in range(1, split + 1)]
+            rates[split].append(sum(seen.pieces for seen in bench.run(crowd)))
+    alone = [rate / statistics.median(rates[1]) for rate in rates[1]]
+    shares = [
+        f"{statistics.median(of / one for one, of in zip(rates[1], rates[split], strict=True)):.3f} with {split}"
+        for split in splits[1:]
+    ]
+    return (
+        f"Tokens for {CLIENTS} clients of several organisations, by those for as many of one: "
+        f"{', '.join(shares)} (medians of {COST_ROUNDS}; those of one alone differ by {min(alone):.2f} to "
+        f"{max(alone):.2f} from round to round)."
+    )
 
 
 def prompts_beside_streams(bench: Bench) -> str:
     """Gaps between tokens of streams while others' prompts come in, with and without a budget. In turn."""
     rows = []
-    for clients, prompt, answer in ((16, 64, 64), (16, 512, 64)):
+    for clients, prompt, answer in ((32, 64, 64), (32, 512, 64)):
         tenants = [Tenant(organisation=1, clients=clients, prompt=prompt, answer=answer)]
         rounds = [(bench.run(tenants, step_budget_ms=0)[0], bench.run(tenants)[0]) for _ in range(ROUNDS)]
         for side, name in enumerate(("none", "100 ms")):
             gaps = [quantiles(pair[side].gaps_s) for pair in rounds]
             half, worst = (statistics.median(gap[at] for gap in gaps) for at in (0, 1))
-            rate = statistics.median(pair[side].completion_tokens / pair[0].completion_tokens for pair in rounds)
+            rate = statistics.median(pair[side].pieces / pair[0].pieces for pair in rounds)
             rows.append(
                 f"| {clients} | {prompt} | {name} | {half:.0f} | {worst:.0f} | {worst / half:.1f} | {rate:.3f} |"
             )
@@ -151,6 +154,12 @@ def guesses(bench: Bench) -> str:
     )
 
 
+def told(section: str) -> str:
+    """The same, shown at once: all of it takes a quarter of an hour."""
+    print(section, file=sys.stderr, flush=True)
+    return section
+
+
 def report(seconds: float) -> str:
     """Measures everything."""
     with tempfile.TemporaryDirectory(prefix="helix-bench-") as folder:
@@ -158,14 +167,15 @@ def report(seconds: float) -> str:
         built = build_engine(model, Path(folder) / "engines", "int8")
         demo = build_engine(DEMO, Path(folder) / "engines", "fp32")
 
-        def onnx(directory: Path, precision: str) -> Engine:
+        def onnx(directory: Path, precision: str, slots: int = SLOTS) -> Engine:
             spec = ModelSpec.load(directory)
-            return OnnxEngine(directory, spec, precision, slots=SLOTS, max_len=MAX_LEN)  # type: ignore[arg-type]
+            return OnnxEngine(directory, spec, precision, slots=slots, max_len=MAX_LEN)  # type: ignore[arg-type]
 
         capacity = Capacity(SLOTS, MAX_LEN, ModelSpec.load(DEMO).vocab_size)
         scripted = Bench(DEMO, lambda: ScriptedEngine(capacity, repeat(SCRIPT), step_s=STEP_S), seconds)
         small = Bench(DEMO, lambda: onnx(demo.directory, "fp32"), seconds)
         large = Bench(model, lambda: onnx(built.directory, "int8"), seconds)
+        wide = Bench(model, lambda: onnx(built.directory, "int8", 2 * SLOTS), seconds)
         load = os.getloadavg()[0]
         return f"""# Who waits for whom
 
@@ -180,35 +190,35 @@ def report(seconds: float) -> str:
 
 Scripted engine:
 
-{victim(scripted)}
+{told(victim(scripted))}
 
 Demo model:
 
-{victim(small)}
+{told(victim(small))}
 
 88 M parameters:
 
-{victim(large)}
+{told(victim(large))}
 
 Goal: p99 at most 1.5 times that of the same four clients alone.
 
 ## Shares
 
-Scripted engine: {shares(scripted)} {cost(scripted)}
+Scripted engine: {told(shares(scripted))} {told(cost(scripted))}
 
-88 M parameters: {shares(large)} {cost(large)}
+88 M parameters: {told(shares(large))} {told(cost(large))}
 
 Goals: 0.95; 3 : 1 within 5 %; 0.97.
 
 ## Guessing another organisation's prompt by the clock, demo model
 
-{guesses(small)}
+{told(guesses(small))}
 
 Goal: at most 0.55.
 
-## Prompts beside streams, 88 M parameters
+## Prompts beside streams, 88 M parameters, {2 * SLOTS} slots
 
-{prompts_beside_streams(large)}
+{told(prompts_beside_streams(wide))}
 
 Goals: gap p99 under 3 times p50; 0.97 of the tokens.
 """

@@ -39,11 +39,13 @@ class Tenant:
 
 @dataclass(slots=True)
 class Seen:
-    """What the clients of one tenant saw of requests that began and ended within the measurement."""
+    """What the clients of one tenant saw while it was measured. Tokens: of requests that ended."""
 
     first_token_s: list[float] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
     """Between two pieces of one stream."""
+    pieces: int = 0
+    """Of streams: about a token each."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -132,16 +134,18 @@ class Crowd:
         self._calls[call.id] = (call, _Client(number, time.monotonic()))
 
     def _hear(self, number: int) -> None:
+        if number not in self._calls:  # told once more what was taken already
+            return
         call, client = self._calls[number]
         now = time.monotonic()
         seen = self._seen[client.tenant]
         pieces = call.take().count(b'"text":"')
-        measured = client.began >= self._from
-        if pieces and measured:
-            if client.last:
-                seen.gaps_s.append(now - client.last)
-            else:
-                seen.first_token_s.append(now - client.began)
+        if now >= self._from:
+            seen.pieces += pieces
+        if pieces and client.last >= self._from:
+            seen.gaps_s.append(now - client.last)
+        elif pieces and not client.last and client.began >= self._from:
+            seen.first_token_s.append(now - client.began)
         if pieces:
             client.last = now
         if call.done:

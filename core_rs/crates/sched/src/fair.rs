@@ -7,7 +7,8 @@
 //!
 //! Tokens alone would let long answers keep every slot: a sequence that has a slot is served in each step.
 //! So slots are levelled too. When none is free, whoever is next takes one from the account with the most slots
-//! for its weight, as long as that leaves it with no more than it takes.
+//! for its weight, as long as that leaves it with no more than it takes. What is interrupted computes its tokens again:
+//! where two would only trade places, the claimant must be behind by more than that.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -131,6 +132,11 @@ impl Shares {
         account.virtual_time += amount;
     }
 
+    /// How far the virtual time of `left` is behind that of `right`.
+    fn behind(&self, left: u128, right: u128) -> f64 {
+        self.rank(right).0 - self.rank(left).0
+    }
+
     fn rank(&self, id: u128) -> Rank {
         self.accounts
             .get(&id)
@@ -153,6 +159,13 @@ impl Fair {
     /// Accounts that are known: those that wait, and those with more service behind them than they.
     pub fn accounts(&self) -> usize {
         self.organisations.accounts.len()
+    }
+
+    /// Whether an interruption is worth what it costs. Accounts of equal size that hold slots in turn would take them
+    /// from each other without end: where they only trade places, the claimant is behind by what is computed twice.
+    fn worth(&self, giver: &Giver, chosen: (usize, usize), behind: f64) -> Option<usize> {
+        let (index, price) = chosen;
+        (!giver.trade || behind >= float(price) * self.prices.prefill).then_some(index)
     }
 
     fn compare(&self, left: &Owner, right: &Owner) -> Ordering {
@@ -194,26 +207,32 @@ impl Policy for Fair {
         let mine = |holder: &&(usize, Holder)| holder.1.owner.organisation == claimant.organisation;
         let all: Vec<(usize, Holder)> = holders.iter().copied().enumerate().collect();
         let (own, others): (Vec<_>, Vec<_>) = all.iter().partition(mine);
-        most_held(claimant, &own, &others, organisation)
-            .and_then(|rich| {
-                // The richest key of the richest organisation gives.
-                let theirs: Vec<_> = others
-                    .into_iter()
-                    .filter(|(_, h)| h.owner.organisation == rich)
-                    .collect();
-                let rich = held_by(&theirs, key)
-                    .into_iter()
-                    .max_by(|l, r| by_held(*l, *r))?
-                    .0;
-                cheapest(theirs.iter().filter(|(_, holder)| holder.owner.key == rich))
-            })
-            .or_else(|| {
-                let (mine, others): (Vec<_>, Vec<_>) = own
-                    .into_iter()
-                    .partition(|(_, h)| h.owner.key == claimant.key);
-                let rich = most_held(claimant, &mine, &others, key)?;
-                cheapest(others.iter().filter(|(_, holder)| holder.owner.key == rich))
-            })
+        let from_others = most_held(claimant, &own, &others, organisation).and_then(|giver| {
+            // The richest key of the richest organisation gives.
+            let theirs: Vec<_> = others
+                .into_iter()
+                .filter(|(_, h)| h.owner.organisation == giver.id)
+                .collect();
+            let rich = held_by(&theirs, key)
+                .into_iter()
+                .max_by(|l, r| by_held(*l, *r))?
+                .0;
+            let chosen = cheapest(theirs.iter().filter(|(_, holder)| holder.owner.key == rich))?;
+            let behind = self.organisations.behind(claimant.organisation, giver.id);
+            self.worth(&giver, chosen, behind)
+        });
+        from_others.or_else(|| {
+            let (mine, others): (Vec<_>, Vec<_>) = own
+                .into_iter()
+                .partition(|(_, h)| h.owner.key == claimant.key);
+            let giver = most_held(claimant, &mine, &others, key)?;
+            let theirs = others
+                .iter()
+                .filter(|(_, holder)| holder.owner.key == giver.id);
+            let chosen = cheapest(theirs)?;
+            let keys = self.keys.get(&claimant.organisation)?;
+            self.worth(&giver, chosen, keys.behind(claimant.key, giver.id))
+        })
     }
 
     fn joined(&mut self, owner: &Owner) {
@@ -270,6 +289,14 @@ fn by_held(left: (u128, (usize, f64)), right: (u128, (usize, f64))) -> Ordering 
         .then(left.0.cmp(&right.0))
 }
 
+/// An account that can give a slot.
+#[derive(Clone, Copy, Debug)]
+struct Giver {
+    id: u128,
+    /// It has then no more than the claimant: they trade places.
+    trade: bool,
+}
+
 /// The account with the most slots for its weight, when one slot less leaves it no poorer than the claimant
 /// with one more.
 fn most_held(
@@ -277,7 +304,7 @@ fn most_held(
     own: &[(usize, Holder)],
     others: &[(usize, Holder)],
     of: impl Fn(&Owner) -> (u128, f64),
-) -> Option<u128> {
+) -> Option<Giver> {
     let able = others.iter().filter(|(_, holder)| holder.price.is_some());
     let able: Vec<u128> = able.map(|(_, holder)| of(&holder.owner).0).collect();
     let rich = held_by(others, &of)
@@ -285,13 +312,17 @@ fn most_held(
         .filter(|(id, _)| able.contains(id));
     let (id, (slots, weight)) = rich.max_by(|left, right| by_held(*left, *right))?;
     let mine = float(own.len() + 1) / of(claimant).1;
-    (mine <= float(slots - 1) / weight).then_some(id)
+    let left = float(slots - 1) / weight;
+    (mine <= left).then_some(Giver {
+        id,
+        trade: mine >= left,
+    })
 }
 
-/// What costs least to compute again, then what was interrupted least often.
-fn cheapest<'a>(holders: impl Iterator<Item = &'a (usize, Holder)>) -> Option<usize> {
+/// What costs least to compute again, then what was interrupted least often: index and price.
+fn cheapest<'a>(holders: impl Iterator<Item = &'a (usize, Holder)>) -> Option<(usize, usize)> {
     holders
         .filter_map(|(index, holder)| Some((holder.price?, holder.interruptions, *index)))
         .min()
-        .map(|(.., index)| index)
+        .map(|(price, _, index)| (index, price))
 }

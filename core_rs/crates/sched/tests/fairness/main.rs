@@ -159,6 +159,26 @@ fn requests_of_one_key_take_turns() {
     assert!(*worst <= 70, "{worst}");
 }
 
+/// More organisations than get two slots each: who has none would take one from whoever has two, and so on in a circle.
+#[test]
+fn organisations_of_equal_size_do_not_take_slots_from_each_other_in_turn() {
+    let mut run = Run::new(16, fair());
+    run.tenants = (1..=11)
+        .map(|number| {
+            let shape = Shape {
+                prompt: 64,
+                answer: 100,
+                choices: 1,
+            };
+            Tenant::closed(organisation(number, 1.0), shape, 4)
+        })
+        .collect();
+    run.steps(4000);
+    let lost = run.again as f64 / run.computed as f64;
+    assert!(lost < 0.03, "{lost} of all tokens computed again");
+    assert!(jain(&run.service) > 0.99, "{:?}", run.service);
+}
+
 #[test]
 fn a_lone_organisation_loses_nothing() {
     for shape in [INTERACTIVE, LONG_ANSWERS, LONG_PROMPTS, WIDE] {
