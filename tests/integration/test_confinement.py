@@ -241,7 +241,8 @@ def test_where_an_account_cannot_reach_root_stays_without_capabilities(
 def test_an_engine_is_built_by_the_account_that_serves_it(serve: Start, own: Path, place: Path, tmp_path: Path) -> None:
     """The checkpoint, a stranger's, lies where its engines go: the account adds them, and cannot touch the files."""
     model = Path(shutil.copytree(DEMO, place / "models" / "demo", ignore=shutil.ignore_patterns("onnx-*", ".*")))
-    served = serve(HELIX_POOL_ENGINE="onnx", HELIX_MODEL=str(model), HELIX_ENGINES=str(model.parent)).until_ready()
+    places = {"HELIX_MODEL": str(model), "HELIX_ENGINES": str(model.parent)}
+    served = serve(HELIX_POOL_ENGINE="onnx", HELIX_POOL_MAX_LEN="256", **places).until_ready()
     until(lambda: served.chat_with(own, "demo") == 200, "it serves", 30)
     assert lines(tmp_path, "service keeps the account root, without its capabilities") == []
     [built] = [path.parent for path in model.glob("*/manifest.json")]
