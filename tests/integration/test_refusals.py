@@ -33,8 +33,8 @@ ELSEWHERE = {
     "draining": "integration/test_lifecycle.py",
     "second_factor_required": "gateway/test_login.py",
     "second_factor_missing": "gateway/test_login.py",
-    "unavailable": "gateway/test_admin.py",
-    "internal": "gateway/test_admin.py",
+    "unavailable": "gateway/admin/test_admin.py",
+    "internal": "gateway/admin/test_admin.py",
 }
 """Refusals that need a platform in trouble, or rules of their own, and the file of their test."""
 
