@@ -97,6 +97,17 @@ impl ClientTls {
             .map_err(|_| HandshakeError::Timeout { after: limit })?
     }
 
+    /// Whether `peer`, connected to earlier, would be accepted now: see [`crate::ServerTls::recheck`].
+    pub fn recheck(&self, peer: &Peer) -> Result<(), HandshakeError> {
+        self.live.recheck(peer)
+    }
+
+    /// Who answered on a connection of ours.
+    pub fn peer(stream: &TlsStream<TcpStream>) -> Result<Peer, HandshakeError> {
+        let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+        Peer::read(chain).map_err(|reason| HandshakeError::Refused { reason })
+    }
+
     /// Completes the handshake over a connection that exists.
     pub async fn handshake(&self, tcp: TcpStream) -> Result<TlsStream<TcpStream>, HandshakeError> {
         tcp.set_nodelay(true)

@@ -15,7 +15,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::client::SendRequest;
 use h2::{Ping, PingPong, Reason, RecvStream, SendStream};
-use helix_tls::ClientTls;
+use helix_tls::{ClientTls, Peer};
 use http::{HeaderMap, Uri};
 use http_body::{Body, Frame};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -94,6 +94,8 @@ pub(crate) struct Connected {
     pub(crate) ping: Option<PingPong>,
     /// Aborting it cuts every call of the connection; otherwise it ends with the last of them.
     pub(crate) driver: JoinHandle<()>,
+    /// Who answers on it; `None` without TLS.
+    pub(crate) answers: Option<Peer>,
 }
 
 impl Endpoint {
@@ -171,13 +173,14 @@ impl Endpoint {
         let limit = self.connect_timeout;
         let attempt = async {
             match &self.transport {
-                Transport::Plain => self.handshake(self.plain().await?).await,
+                Transport::Plain => self.handshake(self.plain().await?, None).await,
                 Transport::Tls(tls) => {
                     let stream = tls
                         .connect(&self.host, self.port, limit)
                         .await
                         .map_err(|error| error.to_string())?;
-                    self.handshake(stream).await
+                    let answers = ClientTls::peer(&stream).map_err(|error| error.to_string())?;
+                    self.handshake(stream, Some(answers)).await
                 }
             }
         };
@@ -206,7 +209,17 @@ impl Endpoint {
         Ok(tcp)
     }
 
-    async fn handshake<T>(&self, io: T) -> Result<Connected, String>
+    /// Whether who answers on an older connection would be accepted now. The error is for people.
+    pub(crate) fn recheck(&self, answers: Option<&Peer>) -> Result<(), String> {
+        match (&self.transport, answers) {
+            (Transport::Tls(tls), Some(peer)) => {
+                tls.recheck(peer).map_err(|error| error.to_string())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn handshake<T>(&self, io: T, answers: Option<Peer>) -> Result<Connected, String>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -240,6 +253,7 @@ impl Endpoint {
             channel,
             ping,
             driver,
+            answers,
         })
     }
 }

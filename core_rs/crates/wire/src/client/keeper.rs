@@ -97,6 +97,11 @@ impl Keeper {
                     silence = Box::pin(pings(session.connected.ping.take(), self.options.clone()));
                 }
                 Err(reason) => {
+                    if let Err(reason) = self.endpoint.recheck(session.connected.answers.as_ref()) {
+                        // What was revoked gets no prompt any more, and its answers count no more.
+                        session.connected.driver.abort();
+                        return reason;
+                    }
                     tracing::warn!(pool = %self.endpoint.address(), %reason, "no connection with the new certificates");
                     self.pool
                         .note(format!("with the new certificates: {reason}"));

@@ -55,6 +55,8 @@ impl Keeper {
     async fn hold(&mut self, endpoint: &Endpoint, connected: Connected) -> String {
         let mut swaps = endpoint.swaps();
         let mut refusals = self.shared.refusals();
+        let mut answers = connected.answers.clone();
+        let mut cut = connected.driver.abort_handle();
         let mut current = self.publish(endpoint, connected);
         loop {
             let number = self.number;
@@ -67,10 +69,16 @@ impl Keeper {
                 }
                 () = swapped(swaps.as_mut()) => match endpoint.connect().await {
                     Ok(fresh) => {
+                        answers.clone_from(&fresh.answers);
+                        cut = fresh.driver.abort_handle();
                         let fresh = self.publish(endpoint, fresh);
                         self.retire(std::mem::replace(&mut current, fresh));
                     }
                     Err(reason) => {
+                        if let Err(reason) = endpoint.recheck(answers.as_ref()) {
+                            cut.abort();
+                            return reason;
+                        }
                         tracing::warn!(peer = %endpoint.address(), %reason, "no connection with the new certificates");
                         self.shared.note(format!("with the new certificates: {reason}"));
                     }
