@@ -27,7 +27,7 @@ class Copies:
         self._source = source.directory
         self._account = account
         # Keys come first: whoever sees a new certificate finds its key.
-        pairs = source.pairs(NAMES[service])
+        pairs = [*source.pairs(NAMES[service]), *([source.endpoint_ecdsa] if service == "gateway" else [])]
         paths = [*(pair.key for pair in pairs), *(pair.cert for pair in pairs), source.ca_cert, source.crl]
         if service == "auth":
             paths += [source.jwt_private, source.jwt_public]

@@ -1,5 +1,6 @@
 """Making what is missing: the CA, the identities of services, the keys of access tokens."""
 
+import contextlib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from helixflow.pki import files, keys, names, pairs, scope
 from helixflow.pki.authority import LEAF_DAYS, Authority, load_roots
 from helixflow.pki.errors import PkiError
 from helixflow.pki.keys import KeyType, PrivateKey, Progress, quiet
-from helixflow.pki.layout import SERVICES, Layout, Pair, check_service_name
+from helixflow.pki.layout import ENDPOINT, SERVICES, Layout, Pair, Role, check_service_name
 
 
 def init(
@@ -37,12 +38,20 @@ def init(
         missing = [pair for name in SERVICES for pair in layout.pairs(name) if not _whole(pair)]
         new_ca = _needs_ca(layout, missing)
         authority = None if new_ca or not missing else Authority.load(layout, now)
+        further = [] if _whole(layout.endpoint_ecdsa) else [layout.endpoint_ecdsa]
+        if further and not new_ca and authority is None:
+            # Nothing that has to be there is missing: without the CA's key it stays as it is.
+            with contextlib.suppress(PkiError):
+                authority = Authority.load(layout, now)
+            further = [] if authority is None else further
         # An interrupted run leaves the key alone; a CA is then made with it.
         ca_key = keys.load_private(layout.ca_key, layout.passphrase) if new_ca and layout.ca_key.exists() else None
         kind = key_type or _kind(authority, ca_key)
+        if _kind_of(layout.pair(ENDPOINT, Role.SERVER), kind) is KeyType.ECDSA_P256:
+            further = []  # the first pair is one
         new_jwt = _needs_jwt(layout)
 
-        wanted = [kind] * len(missing)
+        wanted = [kind] * len(missing) + [KeyType.ECDSA_P256] * len(further)
         wanted += [kind] if new_ca and ca_key is None else []
         wanted += [KeyType.RSA_4096] if new_jwt else []
         fresh = keys.generate_all(wanted, progress)
@@ -54,8 +63,12 @@ def init(
             authority = Authority.create(ca_key or fresh.pop(), permitted, now)
             _publish_ca(layout, authority, passphrase, made)
         if authority is not None:
-            _publish_pairs(authority, missing, fresh, extra, days, now)
-            made += [path for pair in missing for path in (pair.cert, pair.key)]
+            # One that comes later has the names of its twin.
+            twins = names.merge(_extras(layout.pair(ENDPOINT, Role.SERVER)), extra) if further else []
+            count = len(missing)
+            _publish_pairs(authority, missing, fresh[:count], extra, days, now)
+            _publish_pairs(authority, further, fresh[count:], twins, days, now)
+            made += [path for pair in (*missing, *further) for path in (pair.cert, pair.key)]
         _publish_jwt(layout, jwt_key, made)
     return made
 
@@ -104,6 +117,16 @@ def rotate_tokens(layout: Layout, *, progress: Progress = quiet) -> list[Path]:
             change.publish(replace=True)
         files.flush(layout.directory)
     return [layout.jwt_private, layout.jwt_public]
+
+
+def _extras(pair: Pair) -> list[x509.GeneralName]:
+    """Names of a certificate that is there, beside the standard ones."""
+    return names.extras(pair.name, pairs.load_cert(pair)) if pair.cert.exists() else []
+
+
+def _kind_of(pair: Pair, otherwise: KeyType) -> KeyType:
+    """The kind of a pair that is there."""
+    return keys.kind_of(pairs.load_cert(pair).public_key()) if _whole(pair) else otherwise
 
 
 def _whole(pair: Pair) -> bool:

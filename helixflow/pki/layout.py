@@ -8,7 +8,9 @@ from pathlib import Path
 from helixflow.pki.errors import PkiError
 from helixflow.pki.passphrase import Passphrase, refuse
 
-SERVICES = ("api-gateway", "auth-service", "inference-pool", "monitoring")
+ENDPOINT = "api-gateway"
+"""The service that clients outside see."""
+SERVICES = (ENDPOINT, "auth-service", "inference-pool", "monitoring")
 TRUST_DOMAIN = "helixflow.local"
 """Trust domain of the SPIFFE identities; the Rust side (`helix-tls`) checks the same."""
 
@@ -71,9 +73,24 @@ class Layout:
         stem = name if role is Role.SERVER else f"{name}-client"
         return Pair(name, role, self.directory / f"{stem}.crt", self.directory / f"{stem}-key.pem")
 
+    @property
+    def endpoint_ecdsa(self) -> Pair:
+        """A second pair of the HTTPS endpoint, for clients that know ECDSA: signing costs a fortieth of RSA-4096.
+
+        It may be missing: an installation from before has none while its CA's key is elsewhere.
+        """
+        stem = f"{ENDPOINT}-ecdsa"
+        return Pair(ENDPOINT, Role.SERVER, self.directory / f"{stem}.crt", self.directory / f"{stem}-key.pem")
+
     def pairs(self, name: str) -> tuple[Pair, Pair]:
         """The server's and the client's files of one service."""
         return self.pair(name, Role.SERVER), self.pair(name, Role.CLIENT)
+
+    def all_pairs(self, name: str) -> tuple[Pair, ...]:
+        """The same, and a further one that is there."""
+        further = self.endpoint_ecdsa
+        there = name == ENDPOINT and (further.cert.exists() or further.key.exists())
+        return (*self.pairs(name), further) if there else self.pairs(name)
 
     def others(self) -> list[str]:
         """Services besides the four that have at least one file here."""
@@ -81,7 +98,7 @@ class Layout:
         if self.directory.is_dir():
             for path in self.directory.iterdir():
                 stem = path.name.removesuffix(".crt").removesuffix("-key.pem")
-                name = stem.removesuffix("-client")
+                name = stem.removesuffix("-client").removesuffix("-ecdsa")
                 if stem != path.name and is_service_name(name):
                     found.add(name)
         return sorted(found - set(SERVICES))
@@ -93,7 +110,7 @@ class Layout:
 
 def is_service_name(name: str) -> bool:
     """One DNS label whose files collide with no other file."""
-    reserved = name.startswith("helixflow-") or name.endswith(("-client", "-key"))
+    reserved = name.startswith("helixflow-") or name.endswith(("-client", "-key", "-ecdsa"))
     return _SERVICE.fullmatch(name) is not None and not reserved
 
 
@@ -103,8 +120,8 @@ def check_service_name(name: str) -> str:
         raise PkiError(
             None,
             f"`{name}` cannot name a service",
-            "Use lower-case letters, digits and `-`, at most 63; not starting with helixflow-, not ending in -client or"
-            " -key.",
+            "Use lower-case letters, digits and `-`, at most 63; not starting with helixflow-, not ending in -client,"
+            " -key or -ecdsa.",
         )
     return name
 

@@ -73,7 +73,7 @@ def permit(layout: Layout, extra: Sequence[str] = (), *, now: datetime | None = 
         authority = Authority.load(layout, now)
         before = scope.of(authority.cert)
         if before is None:
-            used = [cert for name in layout.names() for pair in layout.pairs(name) if (cert := _existing(pair))]
+            used = [cert for name in layout.names() for pair in layout.all_pairs(name) if (cert := _existing(pair))]
             wanted = [*wanted, *(item for cert in used for item in names.of(cert))]
         constrained = [item for item in wanted if not isinstance(item, x509.UniformResourceIdentifier)]
         after = scope.extended(before or scope.STANDARD, constrained)
@@ -109,8 +109,8 @@ def revoke(layout: Layout, serials: Sequence[int], *, now: datetime | None = Non
 
 
 def serials_of(layout: Layout, name: str) -> list[int]:
-    """Serial numbers of a service's two certificates. Raises PkiError when one cannot be read."""
-    return [pairs.load_cert(pair).serial_number for pair in layout.pairs(check_service_name(name))]
+    """Serial numbers of a service's certificates. Raises PkiError when one cannot be read."""
+    return [pairs.load_cert(pair).serial_number for pair in layout.all_pairs(check_service_name(name))]
 
 
 def load_crl(layout: Layout, issuers: Sequence[x509.Certificate] | None = None) -> x509.CertificateRevocationList:
@@ -148,7 +148,7 @@ def _chosen(
     """Pairs to renew with their certificates (None: damaged), of the services `only`, of all without."""
     found = []
     for name in only or layout.names():
-        for pair in layout.pairs(check_service_name(name)):
+        for pair in layout.all_pairs(check_service_name(name)):
             cert = _readable(pair)
             if cert is None or wanted(cert):
                 found.append((pair, cert))

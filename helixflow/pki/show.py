@@ -39,10 +39,10 @@ def show(layout: Layout, name: str | None = None, now: datetime | None = None) -
     instant = now or datetime.now(UTC)
     if name is not None:
         check_service_name(name)
-        return [_describe(pair.cert.name, pairs.load_cert(pair), instant) for pair in layout.pairs(name)]
+        return [_describe(pair.cert.name, pairs.load_cert(pair), instant) for pair in layout.all_pairs(name)]
     found = [_describe(layout.ca_cert.name, cert, instant) for cert in load_roots(layout)]
     for each in layout.names():
-        found += [_describe(pair.cert.name, pairs.load_cert(pair), instant) for pair in layout.pairs(each)]
+        found += [_describe(pair.cert.name, pairs.load_cert(pair), instant) for pair in layout.all_pairs(each)]
     return found
 
 

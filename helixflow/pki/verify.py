@@ -71,7 +71,7 @@ def verify(layout: Layout, now: datetime | None = None) -> Report:
     if layout.crl.exists():
         report.run(layout.crl, lambda: _crl(layout, roots, instant, revoked))
     for name in layout.names():
-        for pair in layout.pairs(name):
+        for pair in layout.all_pairs(name):
             report.run(pair.cert, lambda pair=pair: _cert(pair, roots, revoked, instant))  # type: ignore[misc]
             report.run(pair.key, lambda pair=pair: _key(pair))  # type: ignore[misc]
     report.run(layout.jwt_private, lambda: _jwt_private(layout))

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from helixflow.pki import files, issue, keys, names, pairs
+from helixflow.pki import files, issue, keys, names, pairs, rotate
 from helixflow.pki.authority import Authority
 from helixflow.pki.errors import PkiError
 from helixflow.pki.keys import KeyType
@@ -51,14 +51,15 @@ def test_the_default_is_rsa_4096_with_exactly_these_files(tmp_path: Path) -> Non
         made = issue.init(layout, progress=lambda finished, total: seen.append((finished, total)))
     finally:
         os.umask(umask)
-    assert {path.name for path in layout.directory.iterdir()} == EXPECTED
-    assert {path.name for path in made} == EXPECTED
-    assert seen == [(n, 10) for n in range(1, 11)]
+    expected = EXPECTED | {"api-gateway-ecdsa.crt", "api-gateway-ecdsa-key.pem"}
+    assert {path.name for path in layout.directory.iterdir()} == expected
+    assert {path.name for path in made} == expected
+    assert seen == [(n, 11) for n in range(1, 12)]
     assert layout.directory.stat().st_mode & 0o077 == 0
     for path in layout.directory.iterdir():
         private = path.name.endswith("-key.pem") or path.name == "jwt-private.pem"
         assert stat.S_IMODE(path.stat().st_mode) == (0o600 if private else 0o644), path
-        if private:
+        if private and "ecdsa" not in path.name:
             key = keys.load_private(path)
             assert isinstance(key, rsa.RSAPrivateKey)
             assert key.key_size == 4096
@@ -117,6 +118,37 @@ def test_serials_and_keys_are_all_different(layout: Layout) -> None:
     certs = [load(path) for path in layout.directory.glob("*.crt")]
     assert len({cert.serial_number for cert in certs}) == len(certs) == 8
     assert len({keys.public_der(cert.public_key()) for cert in certs}) == 8
+
+
+def rsa_ca(tmp_path: Path) -> Layout:
+    """An installation from before the second pair, whose CA has an RSA key."""
+    layout = Layout(tmp_path / "certs")
+    layout.directory.mkdir()
+    files.write(layout.ca_key, keys.to_pem(keys.generate(KeyType.RSA_4096)), private=True, replace=False)
+    issue.init(layout, key_type=KeyType.ECDSA_P256, san=["llm.lan"])
+    assert not layout.endpoint_ecdsa.cert.exists(), "of two pairs of one kind the second is of no use"
+    rotate.renew(layout, ["api-gateway"], key_type=KeyType.RSA_4096)
+    return layout
+
+
+def test_the_second_pair_of_the_endpoint_comes_later_too(tmp_path: Path) -> None:
+    layout = rsa_ca(tmp_path)
+    away = layout.ca_key.rename(tmp_path / "key")
+    assert issue.init(layout) == [], "without the CA's key it stays as it is"
+    away.rename(layout.ca_key)
+    pair = layout.endpoint_ecdsa
+    assert issue.init(layout) == [pair.cert, pair.key]
+    cert = load(pair.cert)
+    assert keys.describe(cert.public_key()) == "ECDSA secp256r1"
+    assert names.of(cert) == names.of(load(layout.pair("api-gateway", Role.SERVER).cert)), "those of its twin"
+    assert verify(layout).ok
+    assert issue.init(layout) == []
+    before = cert.serial_number
+    assert pair in rotate.renew(layout, ["api-gateway"])
+    assert load(pair.cert).serial_number != before
+    assert len(rotate.serials_of(layout, "api-gateway")) == 3
+    pair.key.chmod(0o644)
+    assert [finding.file for finding in verify(layout).findings] == [pair.key]
 
 
 def test_the_token_keys_are_a_pair_and_always_rsa(layout: Layout) -> None:
