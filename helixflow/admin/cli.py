@@ -133,6 +133,12 @@ def _organisations(commands: Any) -> None:
     factor.add_argument("role", choices=(*ROLES, "nobody"), help="the least role that needs one")
 
 
+_CERTIFICATE = (
+    "a client certificate of gateway.client_ca that stands for the key, for inference: a SPIFFE URI, or sha256: and "
+    "its fingerprint"
+)
+
+
 def _keys(commands: Any) -> None:
     add = _command(
         commands,
@@ -150,6 +156,7 @@ def _keys(commands: Any) -> None:
     add.add_argument(
         "--admin", action="store_true", help="administers, up to the role of its holder; else it is for inference only"
     )
+    add.add_argument("--certificate", default="", metavar="NAME", help=_CERTIFICATE)
     _limit_options(add)
     _organisation(_command(commands, "list", "people.key_list", "show every key, not the secrets"), "only of this one")
     update = _command(commands, "update", "people.key_update", "change name, expiry or what a key may call")
@@ -165,6 +172,9 @@ def _keys(commands: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="whether it administers, up to the role of its holder, or is for inference only",
     )
+    group = update.add_mutually_exclusive_group()
+    group.add_argument("--certificate", metavar="NAME", help=_CERTIFICATE)
+    group.add_argument("--no-certificate", dest="certificate", action="store_const", const="", help="none any more")
     rotate = _command(
         commands,
         "rotate",

@@ -197,6 +197,7 @@ async def key_add(operator: Operator, options: Namespace) -> Outcome:
         "models": options.model,
         "endpoints": options.endpoint,
         "admin": options.admin,
+        "certificate": options.certificate,
     }
     limits = limits_of(options)
     if limits:
@@ -225,14 +226,21 @@ async def key_list(operator: Operator, options: Namespace) -> Outcome:
 
 async def key_update(operator: Operator, options: Namespace) -> Outcome:
     """Changes name, expiry or what a key may call."""
-    fields = given({"name": options.name, "expires_at": options.expires, "admin": options.admin})
+    fields = given(
+        {
+            "name": options.name,
+            "expires_at": options.expires,
+            "admin": options.admin,
+            "certificate": options.certificate,
+        }
+    )
     for name, values in (("models", options.model), ("endpoints", options.endpoint)):
         if values is not None:
             fields[name] = {"values": values}
     if not fields:
         raise AdminError(
-            "say what to change: --name, --expires, --model, --any-model, --endpoint, --any-endpoint, --admin or "
-            "--no-admin; `helixflow limits set` changes limits"
+            "say what to change: --name, --expires, --model, --any-model, --endpoint, --any-endpoint, --admin, "
+            "--no-admin, --certificate or --no-certificate; `helixflow limits set` changes limits"
         )
     key = await operator.call("UpdateKey", "UpdateKeyRequest", {"key": options.key, **fields})
     return Outcome(key, _key_text(key))

@@ -174,7 +174,9 @@ class AdminHandlers:
 
     async def _create_key(self, request: Any, caller: Caller) -> Any:
         models, endpoints = tuple(request.models), tuple(request.endpoints)
-        wanted = api_keys.Wanted(request.name, request.expires_at, models, endpoints, request.admin)
+        wanted = api_keys.Wanted(
+            request.name, request.expires_at, models, endpoints, request.admin, request.certificate
+        )
         limits = Limits.of(request.limits)
         if wanted.admin and limits:
             raise api_keys.bound()
@@ -198,9 +200,10 @@ class AdminHandlers:
             tuple(request.models.values) if request.HasField("models") else None,
             tuple(request.endpoints.values) if request.HasField("endpoints") else None,
             optional(request, "admin"),
+            optional(request, "certificate"),
         )
         async with self._desk.act("UpdateKey", request, caller) as (connection, actor):
-            changed = await api_keys.update(connection, actor, request.key, changes)
+            changed = await api_keys.update(connection, actor, self._pepper, request.key, changes)
         return filled(messages.Key, changed)
 
     async def _rotate_key(self, request: Any, caller: Caller) -> Any:

@@ -4,13 +4,17 @@ What a key makes has it for a parent: it ends with it, and never may more than i
 use).
 """
 
-from collections.abc import Mapping
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from helixflow.auth import audit, fields, keys, organisations, roles, users
+import asyncpg
+
+from helixflow.auth import audit, certificates, fields, keys, organisations, roles, users
 from helixflow.auth.actors import Actor, permit
 from helixflow.auth.organisations import Page, page_of
 from helixflow.auth.pepper import Pepper
@@ -31,7 +35,8 @@ MOST_OVERLAP_S = 90 * 86_400
 class Wanted:
     """What a new key is to be. `expires_at`: seconds since the epoch, 0: never; empty lists: everything.
 
-    `admin`: it administers, up to the role of its holder; else it is for inference only.
+    `admin`: it administers, up to the role of its holder; else it is for inference only. `certificate`: one that
+    stands for it, empty: none.
     """
 
     name: str
@@ -39,6 +44,7 @@ class Wanted:
     models: tuple[str, ...] = ()
     endpoints: tuple[str, ...] = ()
     admin: bool = False
+    certificate: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,7 @@ class Changes:
     models: tuple[str, ...] | None = None
     endpoints: tuple[str, ...] | None = None
     admin: bool | None = None
+    certificate: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +105,12 @@ async def create(connection: Any, actor: Actor, pepper: Pepper, user: str, wante
         "expires_at": expires,
         "role": holder.word if wanted.admin else None,
         "parent_id": actor.key_id,
+        **(_certificate(actor, pepper, wanted.certificate) if wanted.certificate else {"certificate": ""}),
     }
-    made = await _insert(connection, pepper, secret, values)
+    with _one_key_each():
+        made = await _insert(connection, pepper, secret, values)
     detail = {"key": made, "user": owner["email"], "expires_at": expires, "models": models, "endpoints": endpoints}
-    detail |= {"role": values["role"], "parent": actor.key_id}
+    detail |= {"role": values["role"], "parent": actor.key_id, "certificate": values["certificate"]}
     await audit.record(connection, actor, "key.create", name, owner["organisation_id"], detail)
     return Created(await by_id(connection, made), secret)
 
@@ -132,7 +141,7 @@ async def listing(connection: Any, actor: Actor, organisation: str, limit: int, 
     return page_of(found, rows, Key.of)
 
 
-async def update(connection: Any, actor: Actor, key: str, changes: Changes) -> Key:
+async def update(connection: Any, actor: Actor, pepper: Pepper, key: str, changes: Changes) -> Key:
     """Changes what is given.
 
     Raises Conflict for a revoked key, PermissionDenied for what widens a key beyond the one that is acted by, and
@@ -141,9 +150,12 @@ async def update(connection: Any, actor: Actor, key: str, changes: Changes) -> K
     row, facts = await target(connection, actor, key)
     _alive(row)
     before = await connection.fetchrow(
-        "SELECT name, expires_at, models, endpoints, role FROM api_keys WHERE id = $1", row["id"]
+        "SELECT name, expires_at, models, endpoints, role, certificate, certificate_digest FROM api_keys WHERE id = $1",
+        row["id"],
     )
     wanted = _wanted(row, changes)
+    if changes.certificate is not None:
+        wanted |= _certificate(actor, pepper, changes.certificate)
     after = {**before, **wanted}
     permit(roles.changes_key(actor.power, facts, _ceiling(before), _ceiling(after)))
     if changes.admin:
@@ -152,7 +164,9 @@ async def update(connection: Any, actor: Actor, key: str, changes: Changes) -> K
     if detail:
         columns = ", ".join(f"{column} = ${number}" for number, column in enumerate(detail, 2))
         values = [wanted[column] for column in detail]
-        await connection.execute(f"UPDATE api_keys SET {columns} WHERE id = $1", row["id"], *values)  # noqa: S608 - our own names
+        with _one_key_each():
+            await connection.execute(f"UPDATE api_keys SET {columns} WHERE id = $1", row["id"], *values)  # noqa: S608 - our own names
+        detail.pop("certificate_digest", None)
         detail["key"] = row["id"]
         await audit.record(connection, actor, "key.update", row["name"], row["organisation_id"], detail)
     return await by_id(connection, row["id"])
@@ -218,6 +232,9 @@ async def rotate(connection: Any, actor: Actor, pepper: Pepper, key: str, overla
     secret = keys.make()
     values = {name: old[name] for name in ("user_id", "name", "models", "endpoints", "role", "parent_id")}
     values["expires_at"] = old["expires_at"] if actor.power.by_key else old["renewed"]
+    # A certificate goes over at once: it is the same holder.
+    values |= {name: old[name] for name in ("certificate", "certificate_digest")}
+    await connection.execute("UPDATE api_keys SET certificate = '', certificate_digest = NULL WHERE id = $1", row["id"])
     made = await _insert(connection, pepper, secret, values)
     await connection.execute(
         "UPDATE api_keys SET replaced_by = $2, revoked_at = CASE WHEN $3::float8 = 0 THEN now() END, "
@@ -289,6 +306,29 @@ def own_only(actor: Actor) -> UUID | None:
     Members work for themselves; viewers are there to look.
     """
     return actor.user_id if actor.role is Role.MEMBER else None
+
+
+def _certificate(actor: Actor, pepper: Pepper, name: str) -> dict[str, Any]:
+    """The columns of a certificate. Raises InvalidRequest, and PermissionDenied unless the actor owns the installation.
+
+    Whoever claims another's certificate would be sent what its holder asks.
+    """
+    if not actor.installation:
+        permit("certificates are bound by owners of the first organisation, and by `helixflow key`", "certificate")
+    if not name:
+        return {"certificate": "", "certificate_digest": None}
+    name = certificates.named(name)
+    digest = pepper.key_digest(hashlib.sha256(certificates.presented(name)).digest())
+    return {"certificate": name, "certificate_digest": digest}
+
+
+@contextlib.contextmanager
+def _one_key_each() -> Iterator[None]:
+    """Raises Conflict when another key has the certificate."""
+    try:
+        yield
+    except asyncpg.UniqueViolationError:
+        raise refusal(Conflict, "another key has this certificate", "certificate") from None
 
 
 def _alive(row: Any) -> None:

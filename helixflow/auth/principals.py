@@ -24,7 +24,8 @@ _OWNER = """
 """
 # A key that another one made hangs on it and on its user, and has their limits beside its own.
 _KEY = f"""
-SELECT k.id AS key_id, k.name AS key, k.models, k.endpoints, k.development, k.role AS key_role,
+SELECT k.id AS key_id, k.name AS key, k.digest = $1 AS by_secret, k.models, k.endpoints, k.development,
+    k.role AS key_role,
     p.id AS parent_id, p.user_id AS parent_user_id, p.models AS parent_models, p.endpoints AS parent_endpoints,
     coalesce(floor(extract(epoch FROM least(k.expires_at, p.expires_at))), 0)::bigint AS expires_at,
     coalesce(k.revoked_at, p.revoked_at) IS NOT NULL OR least(k.expires_at, p.expires_at) <= now()
@@ -34,7 +35,7 @@ SELECT k.id AS key_id, k.name AS key, k.models, k.endpoints, k.development, k.ro
          'key:' || p.id::text, 'user:' || p.user_id::text)) AS limits
 FROM api_keys k JOIN users u ON u.id = k.user_id JOIN organisations o ON o.id = u.organisation_id
 LEFT JOIN api_keys p ON p.id = k.parent_id LEFT JOIN users pu ON pu.id = p.user_id
-WHERE k.digest = $1
+WHERE k.digest = $1 OR k.certificate_digest = $1 AND k.revoked_at IS NULL
 """  # noqa: S608 - the text above
 _SESSION = f"""
 SELECT s.revoked_at IS NOT NULL OR s.expires_at <= now() AS ended, {_OWNER},
@@ -72,7 +73,10 @@ class Principal:
 
 
 async def by_key(connection: Any, pepper: Pepper, presented: bytes, *, development: bool) -> Principal:
-    """The principal of an API key; `presented`: SHA-256 of the key. Raises InvalidApiKey."""
+    """The principal of an API key; `presented`: SHA-256 of the key, or of what stands for its certificate.
+
+    Raises InvalidApiKey.
+    """
     row = None
     if len(presented) == DIGEST_BYTES:
         row = await connection.fetchrow(_KEY, pepper.key_digest(presented))
@@ -88,7 +92,8 @@ async def by_key(connection: Any, pepper: Pepper, presented: bytes, *, developme
         endpoints=_both(row["endpoints"], row["parent_endpoints"]),
         depends_on=tuple(f"{kind}:{number}" for kind, number in parent.items()),
     )
-    return replace(found, administers=_administers(found, row["key_role"]))
+    # That a gateway has seen a certificate is its word alone.
+    return replace(found, administers=_administers(found, row["key_role"] if row["by_secret"] else None))
 
 
 def unknown_key() -> InvalidApiKey:

@@ -29,7 +29,7 @@ SELECT k.id, k.name, k.prefix, k.user_id, u.email AS user_name, u.role, u.organi
     coalesce(floor(extract(epoch FROM least(k.expires_at, p.expires_at))), 0)::bigint AS expires,
     coalesce(floor(extract(epoch FROM coalesce(k.revoked_at, p.revoked_at))), 0)::bigint AS revoked,
     coalesce(floor(extract(epoch FROM k.last_used_at)), 0)::bigint AS last_used, k.replaced_by,
-    k.role AS key_role, k.parent_id
+    k.role AS key_role, k.parent_id, k.certificate
 FROM api_keys k JOIN users u ON u.id = k.user_id LEFT JOIN api_keys p ON p.id = k.parent_id
 """
 
@@ -127,6 +127,7 @@ class Key:
     replaced_by: str
     role: str
     parent_id: str
+    certificate: str
 
     @classmethod
     def of(cls, row: Any) -> "Key":
@@ -147,4 +148,5 @@ class Key:
             replaced_by=str(row["replaced_by"] or ""),
             role=row["key_role"] or "",
             parent_id=str(row["parent_id"] or ""),
+            certificate=row["certificate"],
         )

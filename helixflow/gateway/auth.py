@@ -1,16 +1,20 @@
 """Who calls: the principal behind the bearer token of a request."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import UUID
 
+from helixflow.auth import certificates
 from helixflow.config import DEVELOPMENT_KEY
 from helixflow.core_rs import InvalidApiKey, PermissionDenied
 from helixflow.gateway.http import Request
 from helixflow.limits.model import TOKENS, SubjectLimits
 from helixflow.refusals import refusal
 
+FINGERPRINT, SPIFFE = b"x-helixflow-client-fingerprint", b"x-helixflow-client-spiffe"
+"""What the front door tells of the client's certificate."""
 OTHER_HEADERS = (b"x-api-key", b"api-key")
 """Where clients of Anthropic's and Azure's APIs put the key."""
 MAX_CREDENTIAL_BYTES = 8192
@@ -160,9 +164,27 @@ def presented(request: Request) -> bytes:
     if len(given) > 1:
         raise refusal(InvalidApiKey, "the request holds several API keys that differ: send one")
     token = given.pop() if given else bearer(None)
-    if len(token) > MAX_CREDENTIAL_BYTES:
+    if len(token) > MAX_CREDENTIAL_BYTES or token.startswith(certificates.PREFIX):
         raise unknown_key()
     return token
+
+
+def shown(request: Request) -> list[bytes]:
+    """What stands for the client's certificate, by each of its names; empty when it shows none, or sends a key."""
+    if any(request.headers.get(name) for name in (b"authorization", *OTHER_HEADERS)):
+        return []
+    fingerprint, spiffe = request.headers.get(FINGERPRINT), request.headers.get(SPIFFE)
+    names = [fingerprint and b"sha256:" + fingerprint, spiffe]
+    return [certificates.PREFIX + name for name in names if name]
+
+
+async def _verified(request: Request, store: KeyStore, tokens: list[bytes]) -> Principal:
+    """The holder of the first credential that has one. Raises what `KeyStore.verify` raises."""
+    *others, last = tokens
+    for token in others:
+        with contextlib.suppress(InvalidApiKey):
+            return await store.verify(token, request.client)
+    return await store.verify(last, request.client)
 
 
 async def authenticate(request: Request, store: KeyStore) -> Principal:
@@ -170,10 +192,8 @@ async def authenticate(request: Request, store: KeyStore) -> Principal:
 
     Raises InvalidApiKey, InvalidToken, PermissionDenied (not for this route), RateLimitExceeded or Unavailable.
     """
-    token = presented(request)
-    principal = store.known(token)
-    if principal is None:
-        principal = await store.verify(token, request.client)
+    tokens = shown(request) or [presented(request)]
+    principal = next(filter(None, map(store.known, tokens)), None) or await _verified(request, store, tokens)
     request.caller = principal
     request.principal = principal.name
     if principal.endpoints:

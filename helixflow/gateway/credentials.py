@@ -18,6 +18,7 @@ from typing import Any
 
 from helixflow import log
 from helixflow.addresses import Budget
+from helixflow.auth import certificates
 from helixflow.auth.keys import PREFIX, presented, well_formed
 from helixflow.config import DEVELOPMENT_KEY, Config
 from helixflow.core_rs import CoreError, DeadlineExceeded, InvalidApiKey, InvalidToken, RateLimitExceeded, Unavailable
@@ -135,6 +136,8 @@ class Credentials:
 
     def _plausible(self, credential: bytes) -> bool:
         """Whether it can be a key at all: nobody is asked about what has the wrong form or checksum."""
+        if credential.startswith(certificates.PREFIX):
+            return True
         if credential.startswith(PREFIX.encode()):
             return well_formed(credential)
         return self._development and credential == DEVELOPMENT_KEY.encode()

@@ -42,7 +42,11 @@ def test_the_life_of_a_key(each: Target, pki: Layout) -> None:
             everything = str(await w.rows("SELECT * FROM api_keys")) + str(await w.rows("SELECT * FROM audit_log"))
             assert secret not in everything
             changed = await w.do(
-                api_keys.update, OPERATOR, str(key), Changes(name="desk", expires_at=0, models=(), endpoints=("/v1/y",))
+                api_keys.update,
+                OPERATOR,
+                SECRET,
+                str(key),
+                Changes(name="desk", expires_at=0, models=(), endpoints=("/v1/y",)),
             )
             assert (changed.name, changed.expires_at, changed.models, changed.endpoints) == ("desk", 0, [], ["/v1/y"])
             assert (await verify(w, secret)).expires_at == 0
@@ -52,7 +56,7 @@ def test_the_life_of_a_key(each: Target, pki: Layout) -> None:
             with pytest.raises(InvalidApiKey, match="is not valid"):
                 await verify(w, secret)
             with pytest.raises(Conflict, match="for good"):
-                await w.do(api_keys.update, OPERATOR, str(key), Changes(name="x"))
+                await w.do(api_keys.update, OPERATOR, SECRET, str(key), Changes(name="x"))
             with pytest.raises(Conflict, match="for good"):
                 await w.do(api_keys.rotate, OPERATOR, SECRET, str(key), None)
             actions = [row["action"] for row in await w.rows("SELECT action FROM audit_log ORDER BY id")]

@@ -77,7 +77,7 @@ def test_what_gateways_hear_and_what_not(each: Target, pki: Layout) -> None:
                 assert await heard(events, w, refreshing) == []
 
             loud: tuple[tuple[Any, list[str]], ...] = (
-                (w.do(api_keys.update, OPERATOR, str(key), Changes(name="new")), [f"key:{key}"]),
+                (w.do(api_keys.update, OPERATOR, SECRET, str(key), Changes(name="new")), [f"key:{key}"]),
                 (w.do(api_keys.revoke, OPERATOR, str(key)), [f"key:{key}"]),
                 (w.do(users.update, OPERATOR, "ann@example.com", "viewer", None), [f"user:{user}"]),
                 (w.do(sessions.end, session_id), [f"session:{session_id}"]),

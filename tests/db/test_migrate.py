@@ -287,6 +287,7 @@ DATA = {
         INSERT INTO recovery_codes (digest, user_id) VALUES
             (sha256('code'), '00000000-0000-4000-8000-000000000002');
     """,
+    "client_certificates": "UPDATE api_keys SET certificate = 'spiffe://a/b', certificate_digest = sha256('c')",
     "lost_pepper": "UPDATE ledger_days SET lost_sequence = 1; UPDATE audit_head SET lost_sequence = 1",
     "login": """
         INSERT INTO login_attempts (account, address, failures) VALUES (sha256('a@b'), '192.0.2.1', 3);
