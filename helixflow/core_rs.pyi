@@ -1,7 +1,8 @@
 """The contract of the Rust extension. Checked against the built module by `make lint`."""
 
+from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Literal, final
+from typing import Any, Literal, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -651,3 +652,63 @@ class Pool:
 
     def reload_tls(self) -> None:
         """Verifies the certificate files and swaps them in. Raises TlsError and keeps the old ones otherwise."""
+
+@final
+class FrontOptions:
+    """Limits of the endpoint: times in seconds, sizes in bytes, rates in bytes per second, all else counts."""
+
+    def __new__(
+        cls,
+        *,
+        handshake_s: float,
+        first_byte_s: float,
+        head_s: float,
+        body_rate: int,
+        body_grace_s: float,
+        idle_s: float,
+        write_stall_s: float,
+        connections: int,
+        connections_per_client: int,
+        handshakes: int,
+        strangers_per_client: int,
+        streams: int,
+        resets: int,
+        head_bytes: int,
+        unfolded_bytes: int,
+        trusted: Sequence[str],
+        proxy_protocol: bool,
+        worker_wait_s: float,
+    ) -> Self:
+        """`trusted`: networks of proxies, as 10.0.0.0/8. Raises ValueError for one that is none."""
+
+@final
+class Front:
+    """Accepts connections, ends TLS, and forwards requests to workers on Unix sockets. Lives until `close`."""
+
+    def __new__(
+        cls,
+        listener: int,
+        options: FrontOptions,
+        *,
+        pairs: Sequence[tuple[str, str]],
+        client_ca: str | PathLike[str] | None = None,
+        client_crl: str | PathLike[str] | None = None,
+        threads: int = 1,
+    ) -> Self:
+        """Serves at once. `listener`: descriptor of a listening TCP socket, which is the front's from now on.
+
+        `pairs`: certificate and key files (PEM), the preferred first; none: plain HTTP. `client_ca`: authorities of
+        clients that may show a certificate, less what `client_crl` (need not exist) names. Raises TlsError.
+        """
+    def set_workers(self, paths: Sequence[str]) -> None:
+        """From now on requests go to the workers on these sockets; what runs in others goes on."""
+    def reload(self) -> None:
+        """Reads the certificate files again, for new connections. Raises TlsError; then the old ones stay."""
+    def drain(self) -> None:
+        """Accepts nothing more; connections end when their requests are answered."""
+    def connections(self) -> int:
+        """Connections that are open."""
+    def stats(self) -> dict[str, int]:
+        """Counts since the start, by name."""
+    def close(self) -> None:
+        """Ends everything at once."""

@@ -4,6 +4,7 @@ mod append;
 mod call;
 mod client;
 mod errors;
+mod front;
 mod logs;
 mod outgoing;
 mod pool;
@@ -53,5 +54,7 @@ fn core_rs(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<pool::PoolStats>()?;
     module.add_class::<pool::Stuck>()?;
     module.add_class::<pool::Pool>()?;
+    module.add_class::<front::FrontOptions>()?;
+    module.add_class::<front::Front>()?;
     Ok(())
 }

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from helixflow.config import Config
+from helixflow.config import UNSET, Config
 from helixflow.core_rs import TlsFiles
 from helixflow.pki.errors import PkiError
 from helixflow.pki.layout import Layout, Role
@@ -21,13 +21,20 @@ _kept: dict[Path, Path] = {}
 """In a worker that was started while the files could not be used: where their last good contents are in its memory."""
 
 
-def use_kept(contents: Mapping[Path, bytes]) -> None:
-    """From now on this process reads these contents instead of the files. Raises OSError."""
+def keep(contents: Mapping[Path, bytes]) -> dict[str, int]:
+    """Files in memory with these contents, to be handed down: descriptors by path. Raises OSError."""
+    kept = {}
     for path, content in contents.items():
-        number = os.memfd_create("helixflow-certificate")
+        number = kept[str(path)] = os.memfd_create("helixflow-certificate")
         os.fchmod(number, 0o600)
         os.write(number, content)
-        _kept[path] = Path(f"/proc/self/fd/{number}")
+    return kept
+
+
+def use_kept(kept: Mapping[str, int]) -> None:
+    """From now on this process reads what it was handed down instead of the files."""
+    for path, number in kept.items():
+        _kept[Path(path)] = Path(f"/proc/self/fd/{number}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +43,31 @@ class GatewayFiles:
 
     layout: Layout
     plain_http: bool
+    client_ca: Path | None = None
+    """Authorities of API clients that may show a certificate."""
+    client_crl: Path | None = None
 
     @classmethod
     def of(cls, config: Config) -> "GatewayFiles":
         """The files of this configuration."""
-        return cls(Layout(config.certs), config.gateway.plain_http)
+        gateway = config.gateway
+        known = [None if path == UNSET else path for path in (gateway.client_ca, gateway.client_crl)]
+        return cls(Layout(config.certs), gateway.plain_http, *known)
 
-    @property
-    def cert(self) -> Path:
-        """Certificate of the HTTPS endpoint."""
-        return _now(self.layout.pair(SERVICE, Role.SERVER).cert)
-
-    @property
-    def key(self) -> Path:
-        """Private key of the HTTPS endpoint."""
-        return _now(self.layout.pair(SERVICE, Role.SERVER).key)
+    def outside(self) -> list[tuple[str, str]]:
+        """Certificates and keys of the endpoint, the preferred first; none when it serves without TLS."""
+        if self.plain_http:
+            return []
+        found = [self.layout.endpoint_ecdsa, self.layout.pair(SERVICE, Role.SERVER)]
+        return [(str(pair.cert), str(pair.key)) for pair in found if pair.cert.exists() and pair.key.exists()]
 
     def paths(self) -> list[Path]:
         """Every file that the gateway reads; the revocation list need not exist."""
         client = self.layout.pair(SERVICE, Role.CLIENT)
-        server = self.layout.pair(SERVICE, Role.SERVER)
-        outside = [] if self.plain_http else [server.cert, server.key]
-        return [self.layout.ca_cert, client.cert, client.key, self.layout.crl, *outside]
+        server, ecdsa = self.layout.pair(SERVICE, Role.SERVER), self.layout.endpoint_ecdsa
+        outside = [] if self.plain_http else [ecdsa.cert, ecdsa.key, server.cert, server.key]
+        clients = [path for path in (self.client_ca, self.client_crl) if path is not None]
+        return [self.layout.ca_cert, client.cert, client.key, self.layout.crl, *outside, *clients]
 
     def contents(self) -> dict[Path, bytes]:
         """What is in the files now, as far as they are there."""

@@ -1,12 +1,11 @@
 """HTTP over bare ASGI: one object per request that reads its body and writes its answer."""
 
 import asyncio
-import itertools
 import random
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
@@ -22,12 +21,12 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
 
+CLIENT = b"x-helixflow-client"
+"""Who asks: set by the front door, which takes it from no client."""
+CLIENT_HTTP = b"x-helixflow-client-http"
+"""Which HTTP the client speaks."""
 JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
-BODY_TIMEOUT_S = 60.0
-"""A body must be complete within this time (seconds): a silent or dribbling client holds a connection."""
-SWEEP_S = 1.0
-"""Bodies that are late are looked for this often (seconds)."""
 DISCARD_S = 1.0
 DISCARD_BYTES = 16 * 1024 * 1024
 """How much of an unwanted body is read and thrown away (seconds, bytes)."""
@@ -43,48 +42,12 @@ class ClientGone(Exception):  # noqa: N818 -- an event, nobody's mistake
     """The client closed the connection or reset the stream: there is nobody to answer."""
 
 
-class Reading:
-    """The tasks that read a body. One timer gives up the late ones: a timer for each costs more than most bodies."""
-
-    def __init__(self) -> None:
-        self._since: dict[asyncio.Task[Any], float] = {}  # the oldest first
-        self._armed = False
-
-    def begin(self) -> asyncio.Task[Any]:
-        """The running task waits for nothing but its body until `end`; when that is late, it is cancelled."""
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a request runs in a task")
-        self._since[task] = time.monotonic()
-        if not self._armed:
-            self._sweep_later(task.get_loop())
-        return task
-
-    def end(self, task: asyncio.Task[Any]) -> bool:
-        """True when the task was cancelled because its body was late."""
-        return self._since.pop(task, None) is None
-
-    def _sweep_later(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._armed = bool(self._since)
-        if self._armed:
-            loop.call_later(SWEEP_S, self._sweep, loop)
-
-    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        limit = time.monotonic() - BODY_TIMEOUT_S
-        late = list(itertools.takewhile(lambda task: self._since[task] <= limit, self._since))
-        for task in late:
-            del self._since[task]
-            task.cancel()
-        self._sweep_later(loop)
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the endpoint accepts and adds: body size (bytes), headers of every answer, the bodies being read."""
+    """What the endpoint accepts and adds: body size (bytes), headers of every answer."""
 
     body_bytes: int
     headers: tuple[tuple[bytes, bytes], ...] = ()
-    reading: Reading = field(default_factory=Reading)
 
 
 class Request:
@@ -129,7 +92,7 @@ class Request:
         self.caller: Principal  # set once the credential is checked: on an open route there is none to read
         self.facts: dict[str, Any] = {}
         self.extra_headers: list[tuple[bytes, bytes]] = []
-        self._http2 = scope["http_version"] == "2"
+        self._http2 = self.headers.get(CLIENT_HTTP) == b"2"
         self.unread = self.method not in ("GET", "HEAD", "OPTIONS")
         self._limits = limits
         self._query: dict[str, list[str]] | None = None
@@ -144,14 +107,8 @@ class Request:
 
     @property
     def client(self) -> str:
-        """The client's network address, without the port; empty when the server does not know it."""
-        peer = self._scope.get("client")
-        return str(peer[0]) if peer else ""
-
-    @property
-    def scheme(self) -> str:
-        """`https`, or `http` where the gateway serves without TLS."""
-        return str(self._scope.get("scheme", "https"))
+        """The client's network address, without the port, as the front door knows it."""
+        return self.headers.get(CLIENT, b"").decode("ascii", "replace")
 
     @property
     def raw_path(self) -> bytes:
@@ -218,19 +175,7 @@ class Request:
             # Over HTTP/2 the end of the stream has to arrive too, or the answer may be lost: see `discard`. Chunks
             # outrank a length (RFC 9112, 6.3).
             expected = None
-        reading = self._limits.reading
-        task = reading.begin()
-        try:
-            body = await self._pieces(expected, limit)
-        except asyncio.CancelledError:
-            if not reading.end(task):
-                raise
-            task.uncancel()
-            raise refusal(
-                InvalidRequest, f"the request body was not complete after {BODY_TIMEOUT_S:g} seconds"
-            ) from None
-        finally:
-            reading.end(task)
+        body = await self._pieces(expected, limit)
         self.unread = False
         return body
 

@@ -18,6 +18,7 @@ class PublicUrl:
     def __init__(self, config: Config) -> None:
         """Of `auth.public_url`, or else the names that `gateway.listen` and loopback have."""
         self._configured = config.auth.public_url
+        self._scheme = "http" if config.gateway.plain_http else "https"
         own = str(config.gateway.listen).rpartition(":")[0]
         self._names = LOOPBACK | ({own} if not config.gateway.listen.everywhere else set())
 
@@ -32,4 +33,4 @@ class PublicUrl:
         match = _HOST.fullmatch(host)
         if match is None or match[1].lower() not in self._names:
             raise refusal(InvalidRequest, "the Host header does not name this server; auth.public_url says what does")
-        return f"{request.scheme}://{host}{path}"
+        return f"{self._scheme}://{host}{path}"

@@ -18,6 +18,8 @@ PARAMETER = "{id}"
 """At the end of a path it takes everything that follows: names of models have slashes."""
 
 API = "/v1/"
+PREFLIGHT = ": pages of other origins may call the gateway once gateway.cors_origins names them"
+"""What the preflight of a browser (OPTIONS) means to its reader."""
 MAX_GUESSED = 200
 """Characters of a path whose meaning is guessed at."""
 
@@ -85,7 +87,8 @@ class Router:
             path, methods = self._spelt_otherwise(path)
         route = methods.get(method)
         if route is None:
-            raise Allowed(f"{path[:200]!r} does not answer {method}", methods)
+            hint = PREFLIGHT if method == "OPTIONS" else ""
+            raise Allowed(f"{path[:200]!r} does not answer {method}{hint}", methods)
         return route, path
 
     def _spelt_otherwise(self, path: str) -> tuple[str, dict[str, Route]]:

@@ -7,9 +7,8 @@ from helixflow import log
 from helixflow.config import Config
 from helixflow.confine import kernel
 from helixflow.errors import StartError
-from helixflow.gateway.bridge import Bridge
 from helixflow.gateway.certificates import GatewayFiles
-from helixflow.gateway.worker import Connect
+from helixflow.gateway.worker import DEFAULT_CONNECT
 from helixflow.gateway.workers import Workers
 from helixflow.options import Address
 from helixflow.pki.errors import PkiError
@@ -18,12 +17,12 @@ from helixflow.process import notify_ready
 logger = log.get("gateway")
 
 
-def run(config: Config, connect: Connect = Bridge.connect) -> int:
+def run(config: Config, connect: str = DEFAULT_CONNECT) -> int:
     """Serves in the foreground until SIGINT or SIGTERM; returns the exit status.
 
     The first such signal drains, a second one (or `gateway.drain_timeout_s`) cuts; SIGHUP loads new certificates.
-    `connect` makes the bridge of a worker. Raises StartError for unusable certificates, and when the address
-    cannot be had, before any worker starts.
+    `connect` (`module:name`) makes the bridge of a worker. Raises StartError for unusable certificates, and when the
+    address cannot be had, before any worker starts.
     """
     try:
         GatewayFiles.of(config).verify()
@@ -44,10 +43,9 @@ def run(config: Config, connect: Connect = Bridge.connect) -> int:
 
 
 def bind(address: Address, backlog: int) -> socket.socket:
-    """A listening TCP socket that all workers share. Raises StartError.
+    """A listening TCP socket. Raises StartError.
 
-    Without SO_REUSEPORT: a second gateway on the same address fails instead of taking half of the connections. The
-    main process keeps the socket open, so that a connection waits, and is not refused, while workers change.
+    Without SO_REUSEPORT: a second gateway on the same address fails instead of taking half of the connections.
     """
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

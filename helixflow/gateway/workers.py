@@ -1,23 +1,28 @@
-"""The main process of the gateway: keeps its workers, swaps them for new certificates, drains them at the end."""
+"""The main process of the gateway: its front door, and the workers behind it."""
 
 import math
-import multiprocessing
 import os
 import selectors
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from helixflow import log
 from helixflow.config import Config
+from helixflow.confine.environment import options as as_environment
+from helixflow.core_rs import Front, TlsError
 from helixflow.disk import Room
 from helixflow.errors import EX_SOFTWARE
 from helixflow.gateway import worker
-from helixflow.gateway.certificates import GatewayFiles, use_kept
+from helixflow.gateway.certificates import GatewayFiles, keep
+from helixflow.gateway.front import open_front
 from helixflow.gateway.services import DRAIN_S
 from helixflow.liveness import (
     DUMP_S,
@@ -27,7 +32,6 @@ from helixflow.liveness import (
     Watch,
     ask_for_stacks,
     is_traced,
-    write_stacks_at_the_end,
 )
 from helixflow.pki.errors import PkiError
 
@@ -41,6 +45,8 @@ KILL_S = worker.CUT_S + DRAIN_S + 3.0
 BACKOFF_S = (0.2, 10.0)
 """Shortest and longest pause before a worker that died is replaced (seconds)."""
 STABLE_S = 30.0
+LAST_BYTES_S = 2.0
+"""Time for what the workers have said to reach clients, once they have ended (seconds)."""
 
 logger = log.get("gateway")
 
@@ -49,8 +55,11 @@ logger = log.get("gateway")
 class Child:
     """One worker as the main process sees it."""
 
-    process: BaseProcess
+    process: "subprocess.Popen[bytes]"
+    path: Path
     control: socket.socket
+    end: int
+    """Readable once the process has ended (pidfd_open(2))."""
     born: float
     start_by: float
     stacks: Stacks
@@ -61,17 +70,16 @@ class Child:
 
     def look(self, now: float) -> None:
         """Ends a worker whose event loop stands still; first it gets time to write where."""
-        pid = self.process.pid
-        if pid is None or not self.ready:
+        if not self.ready:
             return
         if now >= self.kill_at:
             self.kill_at = math.inf
             self.process.kill()
-        elif self.watch.look() and self.kill_at == math.inf and not is_traced(pid):
+        elif self.watch.look() and self.kill_at == math.inf and not is_traced(self.process.pid):
             silent_s = round(self.watch.silent_s, 1)
-            logger.error("worker stands still; it is ended and replaced", pid=pid, silent_s=silent_s)
+            logger.error("worker stands still; it is ended and replaced", pid=self.process.pid, silent_s=silent_s)
             self.kill_at = now + DUMP_S
-            ask_for_stacks(pid)
+            ask_for_stacks(self.process.pid)
 
     def stack(self) -> dict[str, str]:
         """Where it stood when a fatal signal ended it, for the log."""
@@ -89,29 +97,23 @@ class Child:
 class Workers:
     """A loop over signals, messages of workers, their ends, and the clock. One thread."""
 
-    def __init__(
-        self,
-        config: Config,
-        listener: socket.socket,
-        connect: worker.Connect,
-        on_ready: Callable[[], None],
-    ) -> None:
+    def __init__(self, config: Config, listener: socket.socket, connect: str, on_ready: Callable[[], None]) -> None:
         """`on_ready` is called once, when all workers accept connections for the first time."""
         self._config = config
         self._listener = listener
         self._connect = connect
-        self._on_ready: Callable[[], None] | None = on_ready
+        self._on_ready = on_ready
+        self._front: Front | None = None
+        self._folder = Path(tempfile.mkdtemp(prefix="helixflow-gateway-"))
         self._files = GatewayFiles.of(config)
         self._pulse = Pulse()
         self._room = Room(config.ledger.spool, config.supervise.disk_warn_bytes)
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
-        self._current: list[Child] = []
-        self._next: list[Child] = []
-        self._old: list[Child] = []
+        self._children: list[Child] = []
+        self._born = 0
         self._respawn_at: float | None = None
         self._backoff = BACKOFF_S[0]
-        self._swap_again = False
         self._stamp = self._seen = self._files.stamp()
         self._good = self._files.contents()
         self._has_crl = self._files.layout.crl.exists()
@@ -130,26 +132,19 @@ class Workers:
         for number in SIGNALS:
             signal.signal(number, lambda _number, _frame: None)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._on_signal)
-        self._next = [self._spawn() for _ in range(self._config.gateway.workers)]
         try:
+            self._fill()
             while self._children or (self._respawn_at is not None and not self._draining):
                 for key, _events in self._selector.select(self._timeout()):
                     key.data()
                 self._on_time()
+            self._last_bytes()
         finally:
-            # After a failure of this loop nobody would tell them anything, and the interpreter waits for them.
             for child in self._children:
                 child.process.kill()
-        signal.set_wakeup_fd(-1)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            signal.set_wakeup_fd(-1)
         return self._status
-
-    @property
-    def _children(self) -> list[Child]:
-        return [*self._current, *self._next, *self._old]
-
-    @property
-    def _starting(self) -> list[Child]:
-        return [child for child in (*self._current, *self._next) if not child.ready]
 
     # --- events ---------------------------------------------------------------
 
@@ -174,36 +169,41 @@ class Workers:
         if worker.READY in said:
             child.watch.heard()
             child.ready = True
-            if child in self._next and all(other.ready for other in self._next):
-                self._promote()
+            self._promote()
 
     def _on_exit(self, child: Child) -> None:
-        child.process.join()
-        self._selector.unregister(child.process.sentinel)
+        status = child.process.wait()
+        self._selector.unregister(child.end)
+        os.close(child.end)
         if child.control.fileno() in self._selector.get_map():
             self._selector.unregister(child.control)
         child.control.close()
-        status = child.process.exitcode
+        child.path.unlink(missing_ok=True)
+        self._children.remove(child)
+        self._tell_front()
         stack = child.stack()
         if stack:
             logger.error("worker ended by a fatal signal", pid=child.process.pid, status=status, **stack)
-        if child in self._old:
-            self._old.remove(child)
-        elif child in self._next:
-            self._next.remove(child)
-            if not self._draining:
-                self._swap_failed(status)
-        else:
-            self._current.remove(child)
-            if not self._draining:
-                logger.error("worker died", pid=child.process.pid, status=status, restart_in_s=self._backoff)
-                self._respawn_at = time.monotonic() + self._backoff
-                stable = time.monotonic() - child.born > STABLE_S
-                self._backoff = BACKOFF_S[0] if stable else min(self._backoff * 2, BACKOFF_S[1])
+        if self._draining:
+            if self._front is not None and not self._children:
+                # Until now whoever asked was told that we drain.
+                self._front.drain()
+            return
+        if self._front is None:
+            logger.error("the gateway did not start", status=status)
+            self._status = EX_SOFTWARE
+            self._draining = True
+            for other in self._children:
+                other.tell(worker.CUT)
+            return
+        logger.error("worker died", pid=child.process.pid, status=status, restart_in_s=self._backoff)
+        self._respawn_at = time.monotonic() + self._backoff
+        stable = time.monotonic() - child.born > STABLE_S
+        self._backoff = BACKOFF_S[0] if stable else min(self._backoff * 2, BACKOFF_S[1])
 
     def _timeout(self) -> float:
         times = [self._look_at, self._watch_at, self._respawn_at, self._cut_at, self._kill_at]
-        times += [child.start_by for child in self._starting]
+        times += [child.start_by for child in self._children if not child.ready]
         return max(0.0, min(at for at in times if at is not None) - time.monotonic())
 
     def _on_time(self) -> None:
@@ -227,8 +227,8 @@ class Workers:
             for child in self._children:
                 logger.error("worker did not stop; killed", pid=child.process.pid)
                 child.process.kill()
-        for child in self._starting:
-            if now >= child.start_by:
+        for child in self._children:
+            if not child.ready and now >= child.start_by:
                 child.start_by = math.inf
                 logger.error("worker did not start in time; killed", pid=child.process.pid, timeout_s=START_S)
                 child.process.kill()
@@ -245,71 +245,53 @@ class Workers:
         except PkiError as error:
             kept = self._good
             logger.error("certificates cannot be used; a new worker takes those in memory", error=str(error))
-        missing = self._config.gateway.workers - len(self._current)
-        self._current += [self._spawn(kept) for _ in range(missing)]
+        self._fill(kept)
 
-    def _spawn(self, kept: Mapping[Path, bytes] | None = None) -> Child:
-        """`kept`: contents of certificate files that it shall read instead of the files."""
+    def _fill(self, kept: dict[Path, bytes] | None = None) -> None:
+        """Starts the workers that are missing. `kept`: what they read instead of certificate files."""
+        for _ in range(self._config.gateway.workers - len(self._children)):
+            self._spawn(keep(kept or {}))
+
+    def _spawn(self, kept: dict[str, int]) -> None:
         mine, theirs = socket.socketpair()
         stacks = Stacks()
-        process = multiprocessing.get_context("fork").Process(
-            target=self._become_worker, args=(theirs, stacks, os.getpid(), kept or {}), name="gateway-worker"
+        self._born += 1
+        path = self._folder / f"{self._born}.sock"
+        plan = worker.Plan(str(path), theirs.fileno(), stacks.fileno(), os.getpid(), self._connect, kept)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "helixflow.gateway.worker"],
+            env={**_general(), **as_environment("gateway", self._config), worker.PLAN: plan.dumps()},
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(), stacks.fileno(), *kept.values()),
         )
-        # A signal between fork and the worker's own setting would reach the main process twice.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         theirs.close()
+        for number in kept.values():
+            os.close(number)
         now = time.monotonic()
-        child = Child(process, mine, now, now + START_S, stacks, Watch(self._config.supervise.stall_timeout_s))
+        watch = Watch(self._config.supervise.stall_timeout_s)
+        child = Child(process, path, mine, os.pidfd_open(process.pid), now, now + START_S, stacks, watch)
+        self._children.append(child)
         self._selector.register(mine, selectors.EVENT_READ, lambda: self._on_message(child))
-        self._selector.register(process.sentinel, selectors.EVENT_READ, lambda: self._on_exit(child))
-        return child
-
-    def _become_worker(self, control: socket.socket, stacks: Stacks, parent: int, kept: Mapping[Path, bytes]) -> None:
-        """Runs in the new process: lets go of what belongs to the main process."""
-        use_kept(kept)
-        write_stacks_at_the_end(stacks.fileno())
-        signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self._selector.close()
-        for other in self._children:
-            other.control.close()
-            other.stacks.close()
-        self._pulse.close()
-        self._wake_read.close()
-        self._wake_write.close()
-        worker.run(self._config, self._listener, control, parent, self._connect)
+        self._selector.register(child.end, selectors.EVENT_READ, lambda: self._on_exit(child))
 
     def _promote(self) -> None:
-        """The new workers take over; the old ones finish what they have."""
-        replaced, self._current, self._next = self._current, self._next, []
-        for child in replaced:
-            child.tell(worker.RETIRE)
-        self._old += replaced
-        if self._on_ready is not None:
+        """A worker is ready: it gets requests. The front opens with the last of the first."""
+        if self._front is not None:
+            self._tell_front()
+        elif not self._draining and all(child.ready for child in self._children):
+            try:
+                self._front = open_front(self._config, self._listener)
+            except TlsError as error:
+                logger.error("the gateway did not start", error=str(error))
+                self._status = EX_SOFTWARE
+                self._stop()
+                return
+            self._tell_front()
             self._on_ready()
-            self._on_ready = None
-        else:
-            logger.info("new certificates in use", workers=len(self._current), finishing=len(self._old))
-        if self._swap_again:
-            self._swap_again = False
-            self._swap("another change")
 
-    def _swap_failed(self, status: int | None) -> None:
-        for child in self._next:
-            child.tell(worker.CUT)
-        self._old += self._next
-        self._next = []
-        if self._current:
-            logger.error("new workers did not start; the old ones stay", status=status)
-        else:
-            logger.error("the gateway did not start", status=status)
-            self._status = EX_SOFTWARE
+    def _tell_front(self) -> None:
+        if self._front is not None:
+            self._front.set_workers([str(child.path) for child in self._children if child.ready])
 
     # --- certificates ---------------------------------------------------------
 
@@ -321,22 +303,19 @@ class Workers:
             self._swap("files changed")
 
     def _swap(self, why: str) -> None:
-        """Verifies the files, then starts new workers on them. With bad files the old ones stay."""
-        if self._draining:
-            return
-        if self._next:
-            self._swap_again = True
+        """Verifies the files, then takes them for new connections. With bad files the old ones stay."""
+        if self._draining or self._front is None:
             return
         self._stamp = self._seen = self._files.stamp()
         try:
             self._files.verify(had_crl=self._has_crl)
-        except PkiError as error:
+            self._front.reload()
+        except (PkiError, TlsError) as error:
             logger.error("new certificates refused; the old ones stay in use", why=why, error=str(error))
             return
         self._has_crl = self._files.layout.crl.exists()
         self._good = self._files.contents()
-        logger.info("loading new certificates", why=why)
-        self._next = [self._spawn() for _ in range(self._config.gateway.workers)]
+        logger.info("new certificates in use", why=why)
 
     # --- end ------------------------------------------------------------------
 
@@ -347,7 +326,6 @@ class Workers:
                 self._cut()
             return
         self._draining = True
-        self._listener.close()
         limit = self._config.gateway.drain_timeout_s
         self._cut_at = time.monotonic() + limit
         logger.info("draining", timeout_s=limit)
@@ -360,3 +338,19 @@ class Workers:
         logger.warning("cutting what still runs")
         for child in self._children:
             child.tell(worker.CUT)
+
+    def _last_bytes(self) -> None:
+        """Lets answers that the workers have finished reach their clients."""
+        front = self._front
+        if front is None:
+            self._listener.close()
+            return
+        until = time.monotonic() + LAST_BYTES_S
+        while front.connections() and time.monotonic() < until:
+            time.sleep(0.01)
+        front.close()
+
+
+def _general() -> dict[str, str]:
+    """The environment without what the configuration says better."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("HELIX_")}

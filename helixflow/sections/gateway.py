@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_network
+from pathlib import Path
 
 from helixflow.options import Address, between, one_of, option
 
@@ -33,6 +35,15 @@ def _check_weights(entries: tuple[str, ...]) -> str | None:
         weights(entries)
     except ValueError as error:
         return str(error)
+    return None
+
+
+def _check_networks(entries: tuple[str, ...]) -> str | None:
+    for entry in entries:
+        try:
+            ip_network(entry)
+        except ValueError as error:
+            return f"{error}: write a network as 10.0.0.0/8, or an address"
     return None
 
 
@@ -93,7 +104,51 @@ class GatewayConfig:
         120_000, "a request that no slot took up by then is refused (milliseconds)", check=between(1, 86_400_000)
     )
     backlog: int = option(1024, "TCP accept queue of the listener", check=between(16, 65535))
-    max_connections: int = option(4096, "open connections per worker, idle ones included", check=between(1, 1_000_000))
+    front_threads: int = option(2, "threads that end TLS and forward requests", check=between(1, 256))
+    max_connections: int = option(4096, "open connections, idle ones included", check=between(1, 1_000_000))
+    max_connections_per_client: int = option(
+        1024,
+        "connections of one address (IPv6: one /64), so that nobody takes all; raise it for a load balancer that is no "
+        "trusted proxy",
+        check=between(1, 1_000_000),
+    )
+    max_handshakes: int = option(
+        128, "TLS handshakes at once; a quarter of them from one address", check=between(1, 65_536)
+    )
+    max_strangers_per_client: int = option(
+        512,
+        "requests at once of one address that have shown no credential known to be good; more wait a second, then are "
+        "refused with 429",
+        check=between(1, 1_000_000),
+    )
+    max_streams: int = option(1000, "streams of one HTTP/2 connection", check=between(1, 65_536))
+    max_resets: int = option(
+        64, "streams that an HTTP/2 connection may reset before they are looked at", check=between(1, 65_536)
+    )
+    handshake_timeout_s: float = option(10.0, "a TLS handshake is over by then (seconds)", check=between(0.1, 600))
+    first_byte_timeout_s: float = option(
+        10.0, "a connection that has sent nothing by then is closed (seconds)", check=between(0.1, 600)
+    )
+    head_timeout_s: float = option(
+        20.0, "from the first byte of a request's head to its last (seconds)", check=between(0.1, 600)
+    )
+    body_min_rate: int = option(
+        1024, "least speed of a request's body (bytes per second), after body_grace_s", check=between(1, 1 << 30)
+    )
+    body_grace_s: float = option(15.0, "a request's body may be slower for so long (seconds)", check=between(0, 600))
+    idle_timeout_s: float = option(
+        75.0,
+        "between two requests (seconds); longer than the 60 s after which load balancers give connections up",
+        check=between(0.1, 86_400),
+    )
+    trusted_proxies: tuple[str, ...] = option(
+        (), "networks of proxies whose X-Forwarded-For names the client, as 10.0.0.0/8", check=_check_networks
+    )
+    proxy_protocol: bool = option(False, "connections of trusted proxies begin with PROXY protocol v2")
+    client_ca: Path = option(
+        Path(), "CA certificates (PEM) of API clients, which may then show a certificate instead of a key"
+    )
+    client_crl: Path = option(Path(), "revocation list of gateway.client_ca (PEM)")
     stream_buffer_bytes: int = option(
         16384, "unread output kept per stream before its sequence is parked (bytes)", check=between(4096, 1 << 26)
     )

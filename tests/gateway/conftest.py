@@ -5,9 +5,11 @@ import contextlib
 import logging
 import socket
 import ssl
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,8 +19,10 @@ import uvloop
 
 from helixflow import config
 from helixflow.config import Config
+from helixflow.core_rs import Front
 from helixflow.gateway import worker
 from helixflow.gateway.bridge import Bridge
+from helixflow.gateway.front import open_front
 from helixflow.gateway.server import bind
 from helixflow.pki.layout import Layout
 from tests.gateway.fake import FakeClient, connect
@@ -48,6 +52,7 @@ class Served:
     loop: Any = None
     fake: FakeClient = field(init=False)
     bridge: Bridge = field(init=False)
+    front: Front = field(init=False)
 
     @property
     def url(self) -> str:
@@ -98,14 +103,18 @@ def serving(pki: Layout, **options: str) -> Iterator[Served]:
         served.loop = asyncio.get_running_loop()
         return served.bridge
 
-    thread = threading.Thread(target=uvloop.run, args=(worker.Worker(loaded, theirs, watched).serve(listener),))
-    thread.start()
-    with mine, theirs:
+    with tempfile.TemporaryDirectory(prefix="hf-") as folder, mine, theirs:
+        path = Path(folder) / "worker.sock"
+        thread = threading.Thread(target=uvloop.run, args=(worker.Worker(loaded, theirs, watched).serve(path),))
+        thread.start()
         mine.settimeout(10)
         assert mine.recv(1) == worker.READY
+        front = served.front = open_front(loaded, listener)
+        front.set_workers([str(path)])
         yield served
         mine.send(worker.CUT)
         thread.join(10)
+        front.close()
     assert not thread.is_alive()
     assert served.fake.closed
 

@@ -5,13 +5,12 @@ import sys
 from helixflow import config, log
 from helixflow.errors import HelixError
 from helixflow.gateway import server
-from tests.gateway.fake import connect
 
 if __name__ == "__main__":
     loaded = config.load()
     log.setup(loaded.log, "api-gateway")
     try:
-        sys.exit(server.run(loaded, connect))
+        sys.exit(server.run(loaded, "tests.gateway.fake:connect"))
     except HelixError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_status)

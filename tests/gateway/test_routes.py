@@ -240,7 +240,8 @@ def test_malformed_query_strings(text: bytes) -> None:
 
 
 def test_where_a_request_comes_from() -> None:
-    scope = {"method": "GET", "path": "/a", "headers": [], "http_version": "1.1", "client": ("192.0.2.1", "99")}
+    headers = [(b"x-helixflow-client", b"192.0.2.1")]
+    scope = {"method": "GET", "path": "/a", "headers": headers, "http_version": "1.1", "client": None}
     request = Request(scope, None, None, Limits(1024))  # type: ignore[arg-type]
     assert request.client == "192.0.2.1"
     assert request.raw_path == b"/a"

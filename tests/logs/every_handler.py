@@ -137,10 +137,13 @@ def scope_of(method: str, path: str) -> dict[str, Any]:
         "path": path,
         "raw_path": path.encode(),
         "query_string": f"code={CANARY}&state={CANARY}".encode(),
-        "headers": [*headers, (b"host", b"localhost"), (b"content-type", b"application/json")],
+        "headers": [
+            *headers,
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"x-helixflow-client", b"192.0.2.7"),
+        ],
         "http_version": "1.1",
-        "scheme": "https",
-        "client": ("192.0.2.7", 4711),
     }
 
 
