@@ -8,7 +8,7 @@
 //! Tokens alone would let long answers keep every slot: a sequence that has a slot is served in each step.
 //! So slots are levelled too. When none is free, whoever is next takes one from the account with the most slots
 //! for its weight, as long as that leaves it with no more than it takes. What is interrupted computes its tokens again:
-//! where two would only trade places, the claimant must be behind by more than that.
+//! where two would only trade places, the claimant must be behind by several times that.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -23,6 +23,10 @@ const WEIGHTS: (f64, f64) = (1e-3, 1e3);
 /// How far behind the others (prompt tokens) an account begins at most: as much of it comes before them, so that a few
 /// short requests at a time do not wait for each other while others hold all slots.
 const BURST: f64 = 1024.0;
+
+/// Where two only trade places, the claimant is behind by so many times what is computed again. Answers end all the time,
+/// and whoever is behind gets the next slot anyway.
+const TRADE: f64 = 8.0;
 
 /// What tokens count in a share.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -165,7 +169,8 @@ impl Fair {
     /// from each other without end: where they only trade places, the claimant is behind by what is computed twice.
     fn worth(&self, giver: &Giver, chosen: (usize, usize), behind: f64) -> Option<usize> {
         let (index, price) = chosen;
-        (!giver.trade || behind >= float(price) * self.prices.prefill).then_some(index)
+        let cost = float(price) * self.prices.prefill;
+        (!giver.trade || behind >= TRADE * cost).then_some(index)
     }
 
     fn compare(&self, left: &Owner, right: &Owner) -> Ordering {
