@@ -7,6 +7,7 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = (
     ("perf.bench_gateway",),
+    ("perf.bench_front",),
     ("perf.bench_engine", "--out", str(RESULTS / "engine.md")),
     ("perf.bench_latency",),
     ("perf.bench_fairness",),
