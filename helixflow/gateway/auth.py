@@ -8,7 +8,7 @@ from uuid import UUID
 
 from helixflow.auth import certificates
 from helixflow.config import DEVELOPMENT_KEY
-from helixflow.core_rs import InvalidApiKey, PermissionDenied
+from helixflow.core_rs import DeadlineExceeded, InvalidApiKey, PermissionDenied, Unavailable
 from helixflow.gateway.http import Request
 from helixflow.limits.model import TOKENS, SubjectLimits
 from helixflow.refusals import refusal
@@ -182,7 +182,8 @@ async def _verified(request: Request, store: KeyStore, tokens: list[bytes]) -> P
     """The holder of the first credential that has one. Raises what `KeyStore.verify` raises."""
     *others, last = tokens
     for token in others:
-        with contextlib.suppress(InvalidApiKey):
+        # When nobody can tell of one name, the other may be remembered.
+        with contextlib.suppress(InvalidApiKey, Unavailable, DeadlineExceeded):
             return await store.verify(token, request.client)
     return await store.verify(last, request.client)
 

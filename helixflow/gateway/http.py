@@ -25,6 +25,8 @@ CLIENT = b"x-helixflow-client"
 """Who asks: set by the front door, which takes it from no client."""
 CLIENT_HTTP = b"x-helixflow-client-http"
 """Which HTTP the client speaks."""
+KNOWN = (b"x-helixflow-known", b"1")
+"""Tells the front door that the credential is good; it takes the header off."""
 JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 DISCARD_S = 1.0
@@ -236,6 +238,8 @@ class Request:
         self.status = status
         headers += self._limits.headers
         headers += self.extra_headers
+        if self.principal:
+            headers.append(KNOWN)
         headers.append((b"x-request-id", self.id.encode("ascii")))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 

@@ -1,6 +1,7 @@
 """`helixflow gateway`: checks everything, binds the address, runs the workers."""
 
 import os
+import resource
 import socket
 
 from helixflow import log
@@ -13,6 +14,8 @@ from helixflow.gateway.workers import Workers
 from helixflow.options import Address
 from helixflow.pki.errors import PkiError
 from helixflow.process import notify_ready
+
+OTHER_FILES = 256
 
 logger = log.get("gateway")
 
@@ -28,6 +31,7 @@ def run(config: Config, connect: str = DEFAULT_CONNECT) -> int:
         GatewayFiles.of(config).verify()
     except PkiError as error:
         raise StartError(f"the api-gateway cannot start: {error}") from error
+    _room_for(config)
     listener = bind(config.gateway.listen, config.gateway.backlog)
     if os.geteuid() != 0:
         # A port for the privileged is bound now, and needs no capability any more.
@@ -40,6 +44,19 @@ def run(config: Config, connect: str = DEFAULT_CONNECT) -> int:
         notify_ready(str(address))
 
     return Workers(config, listener, connect, ready).run()
+
+
+def _room_for(config: Config) -> None:
+    """As many descriptors as connections may need, or as many as may be had."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # A connection, and one to a worker; what the process has beside them.
+    wanted = 2 * config.gateway.max_connections + OTHER_FILES
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if most > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if max(most, soft) < wanted:
+        hint = f"raise the limit of open files to {wanted} (LimitNOFILE), or lower gateway.max_connections"
+        logger.warning("too few open files for gateway.max_connections", limit=max(most, soft), hint=hint)
 
 
 def bind(address: Address, backlog: int) -> socket.socket:

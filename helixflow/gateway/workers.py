@@ -245,7 +245,13 @@ class Workers:
         except PkiError as error:
             kept = self._good
             logger.error("certificates cannot be used; a new worker takes those in memory", error=str(error))
-        self._fill(kept)
+        try:
+            self._fill(kept)
+        except OSError as error:
+            # No process, memory or descriptor to be had now: those that serve go on.
+            logger.error("a worker cannot be started", error=str(error), again_in_s=self._backoff)
+            self._respawn_at = time.monotonic() + self._backoff
+            self._backoff = min(self._backoff * 2, BACKOFF_S[1])
 
     def _fill(self, kept: dict[Path, bytes] | None = None) -> None:
         """Starts the workers that are missing. `kept`: what they read instead of certificate files."""

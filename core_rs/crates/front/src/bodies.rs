@@ -264,7 +264,7 @@ impl<T> Answer<T> {
     fn last_event(&self) -> Bytes {
         let json = Refusal::Lost.json();
         let before = if self.between { "" } else { "\n\n" };
-        Bytes::from(format!("{before}data: {json}\n\n"))
+        Bytes::from(format!("{before}data: {json}\n\ndata: [DONE]\n\n"))
     }
 }
 

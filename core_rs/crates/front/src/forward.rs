@@ -40,6 +40,9 @@ pub const SPIFFE: HeaderName = HeaderName::from_static("x-helixflow-client-spiff
 /// Tells a worker which HTTP the client speaks.
 pub const PROTOCOL: HeaderName = HeaderName::from_static("x-helixflow-client-http");
 
+/// A worker's word that the credential of the request is good; it goes no further.
+pub const KNOWN: HeaderName = HeaderName::from_static("x-helixflow-known");
+
 /// Headers of one connection, not of a request (RFC 9110 §7.6.1).
 const HOPS: [HeaderName; 7] = [
     CONNECTION,
@@ -55,6 +58,8 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FOLD_FROM: u64 = 1024;
 /// Connections that were kept and turn out to be closed, before a new one is made.
 const ATTEMPTS: usize = 3;
+/// After a worker that cannot be reached.
+const WORKER_LOOK: Duration = Duration::from_millis(20);
 /// How long strangers wait for each other, and how often they look.
 const STRANGERS_WAIT: Duration = Duration::from_secs(1);
 const STRANGERS_LOOK: Duration = Duration::from_millis(20);
@@ -115,7 +120,7 @@ async fn forward(
     let head = prepare(parts, &host, address, client);
     let (response, lease) = send(shared, head, body, asked, &failed).await?;
     if let Some(name) = credential {
-        remember(shared, name, response.status());
+        remember(shared, name, &response);
     }
     let until_over = (
         active,
@@ -156,14 +161,12 @@ fn is_over_at_once(response: &Response<Incoming>) -> bool {
     response.body().size_hint().exact().is_some()
 }
 
-fn remember(shared: &Shared, name: u64, status: StatusCode) {
-    if status == StatusCode::UNAUTHORIZED {
-        shared.known.remove(name);
-    } else if status.is_success()
-        || status == StatusCode::FORBIDDEN
-        || status == StatusCode::NOT_FOUND
-    {
+/// Workers say whether they know who called: an open route answers anybody, whatever credential comes with it.
+fn remember(shared: &Shared, name: u64, response: &Response<Incoming>) {
+    if response.headers().contains_key(KNOWN) {
         shared.known.insert(name);
+    } else if response.status() == StatusCode::UNAUTHORIZED {
+        shared.known.remove(name);
     }
 }
 
@@ -319,22 +322,28 @@ async fn send(
             }
         });
     }
-    for attempt in 0..=ATTEMPTS {
+    let until = Instant::now() + shared.options.worker_wait;
+    let mut sent = 0;
+    while sent <= ATTEMPTS {
         let worker = shared
             .workers
             .pick(shared.options.worker_wait)
             .await
             .ok_or(Refusal::NoWorker)?;
-        let lease = if attempt == 0 {
+        let lease = if sent == 0 {
             worker.lease().await
         } else {
             worker.fresh().await
         };
         let Ok(mut lease) = lease else {
-            // It is going, or has not come: others may be there.
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            // It is going, and soon another takes its place.
+            if Instant::now() >= until {
+                break;
+            }
+            tokio::time::sleep(WORKER_LOOK).await;
             continue;
         };
+        sent += 1;
         let Ok(sender) = lease.sender() else { continue };
         match sender.try_send_request(request).await {
             Ok(response) => return Ok((response, lease)),
@@ -371,6 +380,7 @@ fn deliver(
     for name in connection_names(&parts.headers).iter().chain(&HOPS) {
         parts.headers.remove(name);
     }
+    parts.headers.remove(KNOWN);
     let kind = parts
         .headers
         .get(CONTENT_TYPE)

@@ -31,7 +31,7 @@ mod watched;
 mod workers;
 
 pub use address::{Network, NetworkError};
-pub use forward::{CLIENT, FINGERPRINT, PROTOCOL, SPIFFE};
+pub use forward::{CLIENT, FINGERPRINT, KNOWN, PROTOCOL, SPIFFE};
 pub use options::Options;
 pub use serve::Front;
 pub use stats::{Count, Stats};

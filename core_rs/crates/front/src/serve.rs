@@ -1,9 +1,11 @@
 //! Accepts connections, ends TLS, and serves HTTP on them.
 
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use http::HeaderValue;
@@ -240,12 +242,21 @@ async fn handshake(
     let steps = async {
         let hello = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
         let _own = own_turn(shared, address).await;
-        let _turn = shared
-            .handshakes
-            .acquire()
-            .await
-            .map_err(io::Error::other)?;
-        hello.into_stream(tls.current()).await
+        let mut rest = std::pin::pin!(hello.into_stream(tls.current()));
+        {
+            // What costs a processor is done in the first step; then it is the client's turn, and whoever lets us wait
+            // for that holds up nobody.
+            let _turn = shared
+                .handshakes
+                .acquire()
+                .await
+                .map_err(io::Error::other)?;
+            let first = poll_fn(|context| Poll::Ready(rest.as_mut().poll(context))).await;
+            if let Poll::Ready(outcome) = first {
+                return outcome;
+            }
+        }
+        rest.await
     };
     match timeout(shared.options.handshake, steps).await {
         Ok(Ok(stream)) => Some(stream),

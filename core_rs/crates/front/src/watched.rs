@@ -158,6 +158,8 @@ pub(crate) struct Watched<S> {
     input: Input,
     heard: bool,
     limit: Limit,
+    /// Requests that the clock knows of.
+    seen: u64,
     clock: Pin<Box<Sleep>>,
     stalled: bool,
     stall: Pin<Box<Sleep>>,
@@ -194,6 +196,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Watched<S> {
             input: Input::Open,
             heard: false,
             limit: Limit::None,
+            seen: 0,
             clock: far(),
             stalled: false,
             stall: far(),
@@ -261,6 +264,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Watched<S> {
     /// Nothing came: has somebody waited too long? Ready when the read is over.
     fn poll_clock(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.state.waker.register(context.waker());
+        let seen = self.state.requests.load(Ordering::Acquire);
+        if seen != self.seen {
+            // However short it was, after a request the clock begins anew. Bytes alone are none.
+            self.seen = seen;
+            self.limit = Limit::None;
+        }
         let limit = self.waiting_for();
         if limit != self.limit {
             self.limit = limit;

@@ -211,7 +211,12 @@ async fn strangers_have_few_requests_at_once_and_who_is_known_many() {
             std::future::pending::<()>().await;
         }
         let mut response = text(if good { "good" } else { "who?" });
-        *response.status_mut() = if good {
+        if good {
+            response
+                .headers_mut()
+                .insert("x-helixflow-known", http::HeaderValue::from_static("1"));
+        }
+        *response.status_mut() = if good || request.uri().path() == "/open" {
             http::StatusCode::OK
         } else {
             http::StatusCode::UNAUTHORIZED
@@ -237,12 +242,17 @@ async fn strangers_have_few_requests_at_once_and_who_is_known_many() {
         until(&mut stream, "begun").await;
         hanging.push(stream);
     }
+    let open = stage.raw(&request("/open", "worse")).await;
+    assert!(
+        open.contains("200 OK") && !open.contains("x-helixflow-known"),
+        "an open route answers anybody, and makes nobody known: {open}"
+    );
     let mut stranger = stage.connect().await;
     stranger
         .write_all(request("/hang", "bad").as_bytes())
         .await
         .unwrap();
-    while stage.count("requests") < 5 {
+    while stage.count("requests") < 6 {
         tokio::task::yield_now().await;
     }
     let refused = stage.raw(&request("/", "worse")).await;
@@ -354,5 +364,26 @@ async fn a_flood_of_priority_frames_ends_its_connection() {
     drop(ended_after(&mut stream).await);
     while stage.count("floods") == 0 {
         tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_is_used_is_never_idle() {
+    let mut stage = Stage::plain(Options {
+        idle: ms(400),
+        ..quick()
+    });
+    stage.worker(script(echo));
+    let mut one = stage.connect().await;
+    let (mut other, _connection) = two(&stage).await;
+    for _ in 0..8 {
+        tokio::time::sleep(ms(100)).await;
+        one.write_all(GET.as_bytes()).await.unwrap();
+        until(&mut one, "http: 1.1\n\n").await;
+        let request = http::Request::get("http://a.example/x")
+            .body(Empty::new())
+            .unwrap();
+        let response = other.send_request(request).await.unwrap();
+        response.into_body().collect().await.unwrap();
     }
 }

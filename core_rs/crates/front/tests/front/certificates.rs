@@ -277,3 +277,38 @@ async fn silence_after_the_handshake_costs_a_connection_its_place() {
     heard.write_all(GET.as_bytes()).await.unwrap();
     until(&mut heard, "200 OK").await;
 }
+
+#[tokio::test]
+async fn handshakes_that_their_clients_leave_hold_up_nobody() {
+    let site = site(
+        None,
+        Options {
+            handshakes: 4,
+            ..quick()
+        },
+    );
+    let config = Arc::new(site.authority.client(None, HTTP1));
+    let mut left = Vec::new();
+    for host in 2..10 {
+        let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
+        let mut client = rustls::ClientConnection::new(Arc::clone(&config), name).unwrap();
+        let mut hello = Vec::new();
+        client.write_tls(&mut hello).unwrap();
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket
+            .bind(format!("127.0.0.{host}:0").parse().unwrap())
+            .unwrap();
+        let mut stream = socket.connect(site.stage.address).await.unwrap();
+        stream.write_all(&hello).await.unwrap();
+        // The server has answered, and waits for the rest.
+        tokio::io::AsyncReadExt::read_u8(&mut stream).await.unwrap();
+        left.push(stream);
+    }
+    let ask = async {
+        let mut stream = tls(site.stage.address, &config).await.unwrap();
+        stream.write_all(GET.as_bytes()).await.unwrap();
+        rest(&mut stream).await
+    };
+    let answer = tokio::time::timeout(Duration::from_secs(3), ask).await;
+    assert!(answer.expect("nobody waits").contains("200 OK"));
+}

@@ -395,3 +395,20 @@ async fn draining_ends_idle_connections_and_lets_streams_finish() {
         tokio::task::yield_now().await;
     }
 }
+
+#[tokio::test]
+async fn a_worker_that_cannot_be_reached_is_waited_for() {
+    let mut stage = Stage::plain(Options {
+        worker_wait: Duration::from_secs(10),
+        ..Options::default()
+    });
+    stage.worker(script(echo));
+    stage.kill(0);
+    let mut stream = stage.connect().await;
+    stream.write_all(close(GET).as_bytes()).await.unwrap();
+    // Longer than a few attempts take, and nobody has said yet that the first one is gone.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    stage.worker(script(|_| async { text("from the next one") }));
+    let answer = rest(&mut stream).await;
+    assert!(answer.contains("from the next one"), "{answer}");
+}
