@@ -413,10 +413,10 @@ def test_completion_parameters() -> None:
     ],
 )  # fmt: skip
 def test_broken_bodies_are_refused_at_once(body: bytes) -> None:
-    began = time.perf_counter()
+    began = time.thread_time()
     with pytest.raises(InvalidRequest):
         schema.decode(schema.CHAT, body)
-    assert time.perf_counter() - began < 0.1
+    assert time.thread_time() - began < 0.5, "quadratic work takes many times as long"
 
 
 @pytest.mark.parametrize(
