@@ -157,13 +157,6 @@ class Request:
                     "the body must be JSON: send the header `Content-Type: application/json` "
                     f"(it was {media[:100].decode('latin-1')!r})",
                 )
-        coding = self.headers.get(b"content-encoding")
-        if coding is not None and coding.strip().lower() not in (b"", b"identity"):
-            raise refusal(
-                UnsupportedMediaType,
-                f"the body must not be compressed: leave out `Content-Encoding` "
-                f"(it was {coding[:100].decode('latin-1')!r})",
-            )
         limit = self._limits.body_bytes
         return await self._body(limit if most is None else min(limit, most))
 
@@ -204,7 +197,7 @@ class Request:
     async def discard(self) -> None:
         """Reads what is left of the body after an early answer.
 
-        Granian drops an unread body with the request, and over HTTP/2 that resets the stream, with the answer.
+        Granian closes the connection of an unread body, and the front door, still sending it, loses the answer.
         """
         seen = 0
         try:

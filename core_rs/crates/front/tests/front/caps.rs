@@ -10,7 +10,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 
-use crate::harness::{Stage, echo, fed, quick, rest, script, text, until};
+use crate::harness::{Stage, echo, fed, feeding, quick, rest, script, text, until};
 
 const GET: &str = "GET / HTTP/1.1\r\nhost: a\r\n\r\n";
 
@@ -108,16 +108,8 @@ async fn an_idle_connection_is_closed_and_one_that_is_answered_is_not() {
         idle: ms(150),
         ..quick()
     });
-    let (events, body) = fed();
-    let body = std::sync::Mutex::new(Some(body));
-    stage.worker(script(move |_| {
-        let response = body
-            .lock()
-            .unwrap()
-            .take()
-            .map_or_else(|| text("short"), http::Response::new);
-        async { response }
-    }));
+    let (events, answers) = feeding("text/plain", "short");
+    stage.worker(answers);
     let mut streaming = stage.connect().await;
     streaming.write_all(GET.as_bytes()).await.unwrap();
     events.send("first").await.unwrap();
@@ -367,7 +359,7 @@ async fn a_flood_of_priority_frames_ends_its_connection() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn a_connection_that_is_used_is_never_idle() {
     let mut stage = Stage::plain(Options {
         idle: ms(400),

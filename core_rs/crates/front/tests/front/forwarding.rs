@@ -1,7 +1,7 @@
 //! What arrives at a worker and comes back, and what happens when a worker goes.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_compression::tokio::bufread::{GzipDecoder, GzipEncoder, ZstdEncoder};
@@ -9,7 +9,7 @@ use helix_front::Options;
 use http::header::CONTENT_TYPE;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::harness::{Stage, echo, fed, quick, rest, script, text, until};
+use crate::harness::{Stage, echo, feeding, quick, rest, script, text, until};
 
 const GET: &str = "GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n";
 
@@ -64,15 +64,8 @@ async fn connections_to_a_worker_are_kept() {
 #[tokio::test]
 async fn a_stream_passes_event_by_event() {
     let mut stage = Stage::plain(quick());
-    let (events, body) = fed();
-    let body = Mutex::new(Some(body));
-    stage.worker(script(move |_| {
-        let mut response = http::Response::new(body.lock().unwrap().take().unwrap());
-        response
-            .headers_mut()
-            .insert(CONTENT_TYPE, "text/event-stream".parse().unwrap());
-        async { response }
-    }));
+    let (events, answers) = feeding("text/event-stream", "once more");
+    stage.worker(answers);
     let mut stream = stage.connect().await;
     stream.write_all(close(GET).as_bytes()).await.unwrap();
     for event in ["data: a\n\n", "data: b\n\n"] {
@@ -86,12 +79,8 @@ async fn a_stream_passes_event_by_event() {
 #[tokio::test]
 async fn a_client_that_goes_is_seen_by_the_worker() {
     let mut stage = Stage::plain(quick());
-    let (events, body) = fed();
-    let body = Mutex::new(Some(body));
-    stage.worker(script(move |_| {
-        let response = http::Response::new(body.lock().unwrap().take().unwrap());
-        async { response }
-    }));
+    let (events, answers) = feeding("text/plain", "once more");
+    stage.worker(answers);
     let mut stream = stage.connect().await;
     stream.write_all(GET.as_bytes()).await.unwrap();
     events.send("a").await.unwrap();
@@ -108,17 +97,8 @@ async fn a_worker_that_dies_ends_its_streams_with_an_error_and_costs_nobody_else
         worker_wait: Duration::from_secs(10),
         ..Options::default()
     });
-    let (events, body) = fed();
-    let body = Mutex::new(Some(body));
-    stage.worker(script(move |_| {
-        let streamed = body.lock().unwrap().take();
-        let mut response = streamed.map_or_else(|| text("short"), http::Response::new);
-        response.headers_mut().insert(
-            CONTENT_TYPE,
-            "text/event-stream; charset=utf-8".parse().unwrap(),
-        );
-        async { response }
-    }));
+    let (events, answers) = feeding("text/event-stream", "short");
+    stage.worker(answers);
     let mut streaming = stage.connect().await;
     streaming.write_all(close(GET).as_bytes()).await.unwrap();
     events.send("data: {\"half").await.unwrap();
@@ -180,13 +160,8 @@ async fn a_kept_connection_that_its_worker_closed_costs_no_request() {
 #[tokio::test]
 async fn requests_go_where_least_is_done() {
     let mut stage = Stage::plain(quick());
-    let (keep, held) = fed();
-    let held = Mutex::new(Some(held));
-    stage.worker(script(move |_| {
-        let body = held.lock().unwrap().take();
-        let response = body.map_or_else(|| text("first"), http::Response::new);
-        async { response }
-    }));
+    let (keep, answers) = feeding("text/plain", "first");
+    stage.worker(answers);
     let mut busy = stage.connect().await;
     busy.write_all(GET.as_bytes()).await.unwrap();
     keep.send("busy").await.unwrap();
@@ -365,16 +340,8 @@ async fn a_client_that_waits_for_a_sign_gets_it_from_the_worker() {
 #[tokio::test]
 async fn draining_ends_idle_connections_and_lets_streams_finish() {
     let mut stage = Stage::plain(quick());
-    let (events, body) = fed();
-    let body = Mutex::new(Some(body));
-    stage.worker(script(move |_| {
-        let response = body
-            .lock()
-            .unwrap()
-            .take()
-            .map_or_else(|| text("x"), http::Response::new);
-        async { response }
-    }));
+    let (events, answers) = feeding("text/plain", "x");
+    stage.worker(answers);
     let mut streaming = stage.connect().await;
     streaming.write_all(GET.as_bytes()).await.unwrap();
     events.send("first").await.unwrap();

@@ -107,6 +107,25 @@ pub(crate) fn fed() -> (mpsc::Sender<&'static str>, Body) {
     (sender, StreamBody::new(frames).boxed_unsync())
 }
 
+/// A worker whose first answer the test feeds; all others are `then`. Both call themselves `kind`.
+pub(crate) fn feeding(
+    kind: &'static str,
+    then: &'static str,
+) -> (mpsc::Sender<&'static str>, Script) {
+    let (sender, body) = fed();
+    let body = parking_lot::Mutex::new(Some(body));
+    let answer = move |_| {
+        let first = body.lock().take();
+        let mut response = first.map_or_else(|| text(then), Response::new);
+        response.headers_mut().insert(
+            http::header::CONTENT_TYPE,
+            http::HeaderValue::from_static(kind),
+        );
+        std::future::ready(response)
+    };
+    (sender, script(answer))
+}
+
 /// What a worker was sent, as text: first line, headers in order of their names, body.
 pub(crate) async fn echo(request: Request<Incoming>) -> Response<Body> {
     let (parts, body) = request.into_parts();
