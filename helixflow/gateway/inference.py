@@ -217,7 +217,11 @@ class Inference:
         await self._run(request, admission, start, self._read_stream if body.stream else _whole)
 
     async def _run(self, request: Request, admission: Admission, start: Callable[[bool], Call], answer: Answer) -> None:
-        """Runs an admitted request to its end, which the admission hears of whatever it is."""
+        """Runs an admitted request to its end, which the admission hears of whatever it is.
+
+        `answer` tells it of a good one before the last byte leaves: whoever has an answer finds it in the ledger, also
+        when this process is killed right behind it.
+        """
         call: Call | None = None
         try:
             call = start(admission.exact)
@@ -281,10 +285,12 @@ class Inference:
             failure = error
             request.facts["error"] = error.code
             data = final_event(error)
-        running.speaks()
-        await request.write(data, more=False)
         if capture is not None:
             capture.answer(data)
+        if failure is None:
+            admission.end(request.status, call)
+        running.speaks()
+        await request.write(data, more=False)
         return failure
 
 
@@ -301,6 +307,7 @@ async def _whole(request: Request, running: Running, admission: Admission) -> Co
     capture = admission.capture()
     if capture is not None:
         capture.answer(data)
+    admission.end(200, call)
     await request.respond(200, data)
     return None
 

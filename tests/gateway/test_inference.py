@@ -14,6 +14,8 @@ import openai
 import pytest
 
 from helixflow import core_rs
+from helixflow.gateway.accounting import Unmetered
+from helixflow.gateway.http import Request
 from helixflow.pki.layout import Layout
 from tests.gateway.conftest import KEY, Served, serving
 
@@ -59,6 +61,34 @@ def test_stream(served: Served, http2: bool) -> None:
     assert lines[0] == 'data: {"word":0}'
     assert lines[-1] == "data: [DONE]"
     assert len(lines) == 52
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whoever_has_an_answer_is_in_the_ledger(
+    served: Served, client: httpx.Client, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is written before the last byte leaves: a worker that is killed behind it leaves no unpaid answer."""
+    order: list[str] = []
+    end, respond, write = Unmetered.end, Request.respond, Request.write
+
+    def ends(self: Unmetered, status: int, *rest: Any, **more: Any) -> None:
+        order.append(f"end {status}")
+        end(self, status, *rest, **more)
+
+    async def responds(self: Request, *parts: Any) -> None:
+        order.append("last byte")
+        await respond(self, *parts)
+
+    async def writes(self: Request, data: bytes, more: bool = True) -> None:
+        order.append("" if more else "last byte")
+        await write(self, data, more)
+
+    monkeypatch.setattr(Unmetered, "end", ends)
+    monkeypatch.setattr(Request, "respond", responds)
+    monkeypatch.setattr(Request, "write", writes)
+    assert client.post("/v1/chat/completions", json=chat("echo", stream=stream)).status_code == 200
+    assert order.index("end 200") < order.index("last byte")
+    assert served.on_loop(lambda: served.bridge.outstanding) == 0
 
 
 def test_keep_alive_comments_while_waiting(served: Served) -> None:

@@ -15,6 +15,7 @@ TRIES = 4
 PATIENCE_S = 8.0
 """A client waits this long for an answer (seconds)."""
 BROKEN = (OSError, asyncio.IncompleteReadError, TimeoutError)
+ENDED = b"the worker that answered ended"
 
 
 @dataclass(slots=True)
@@ -23,7 +24,7 @@ class Try:
 
     id: str
     status: int = 0
-    """0: the connection broke."""
+    """0: the connection broke, or the worker behind it ended: nobody can say whether it has answered."""
     code: str = ""
     completion_tokens: int = 0
 
@@ -130,6 +131,8 @@ class Pressure:
             idle.clear()
             return
         idle.append(line)
+        if answer.status == 503 and ENDED in answer.body:
+            return
         this.status, this.code = answer.status, answer.code
         if answer.status == 200:
             this.completion_tokens = answer.json()["usage"]["completion_tokens"]

@@ -56,6 +56,13 @@ class Seen:
         return self.kind not in UNRECORDED and self.kind != "left_early" and self.status != 429
 
 
+HELD = """
+SELECT coalesce(sum(held), 0) FROM limit_holds
+WHERE metric > $1 OR to_timestamp(window_start + 60) > clock_timestamp()
+"""
+"""What gateways hold of windows that are not over; $1: the last metric of minutes. Of others nobody needs it back."""
+
+
 @dataclass
 class Run:
     """What is left when the load is over."""
@@ -201,7 +208,7 @@ async def _settled(run: Run, database: Any) -> dict[str, Any]:
     while True:
         found: dict[str, Any] = (await line.ask(request(STATUS, None, run.platform.admin_key))).json()
         ledger = found["ledger"]
-        held = await database.fetchval("SELECT coalesce(sum(held), 0) FROM limit_holds")
+        held = await database.fetchval(HELD, Metric.TOKENS_PER_MINUTE)
         if not ledger["pending"] and ledger["shipped"] == ledger["ended"] and not held:
             line.close()
             return found

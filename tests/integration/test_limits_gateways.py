@@ -23,6 +23,8 @@ from .wire import CHAT, Line, chat, request
 
 GATEWAYS = 4
 STREAMS = 200
+LEFT = 150
+"""Tokens of an answer that its client does not wait for."""
 TOKENS_PER_MINUTE = 10_000
 FILLING_S = 4.0
 """The window is full well before that, and its end must not come within it (seconds)."""
@@ -133,9 +135,12 @@ def test_a_full_window_is_full_at_all_gateways(four: Platform, runner: asyncio.R
     async def client(number: int) -> None:
         line = Line(port(four.gateways[number % GATEWAYS]), context(four.certs))
         while time.monotonic() < end:
-            body = chat(draw.randint(5, 25), stream=True, stream_options={"include_usage": True})
+            leaves = draw.random() < 0.2
+            # What is left must not be over before anybody can see that it is left.
+            tokens = LEFT if leaves else draw.randint(5, 25)
+            body = chat(tokens, stream=True, stream_options={"include_usage": True})
             data = request(CHAT, body, key["secret"], f"fill-{number}")
-            if draw.random() < 0.2:
+            if leaves:
                 await line.leave(data, 3)
             elif (await line.ask(data)).status == 429:
                 await asyncio.sleep(0.2)

@@ -10,7 +10,8 @@ const TYPED: [&str; 2] = ["helixflow/v1/common.proto", "helixflow/v1/inference.p
 const RAW: [&str; 2] = ["helixflow/v1/auth.proto", "helixflow/v1/admin.proto"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../proto");
+    // Asked when it runs: two clones that share a target folder share this program, too.
+    let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR")?).join("../../proto");
     let all: Vec<_> = TYPED.into_iter().chain(RAW).collect();
     for file in &all {
         println!("cargo:rerun-if-changed={}", root.join(file).display());

@@ -5,6 +5,8 @@ use std::hash::{BuildHasher, Hash, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use bytes::Bytes;
+use http::HeaderValue;
 use parking_lot::Mutex;
 
 use crate::address::Group;
@@ -110,7 +112,7 @@ impl Drop for OwnPlace {
     }
 }
 
-/// Names of requests that no worker has named.
+/// Names of requests that their clients have not named.
 #[derive(Debug, Default)]
 pub(crate) struct Ids {
     hasher: RandomState,
@@ -119,9 +121,12 @@ pub(crate) struct Ids {
 
 impl Ids {
     /// One that no other request has. No secret.
-    pub(crate) fn next(&self) -> String {
+    pub(crate) fn next(&self) -> HeaderValue {
         let number = self.last.fetch_add(1, Ordering::Relaxed);
-        format!("req-{:016x}{number:08x}", self.hasher.hash_one(number))
+        let name = format!("req-{:016x}{number:08x}", self.hasher.hash_one(number));
+        // Letters, digits and a hyphen: always a value.
+        HeaderValue::from_maybe_shared(Bytes::from(name))
+            .unwrap_or(const { HeaderValue::from_static("req-unnamed") })
     }
 }
 

@@ -24,7 +24,7 @@ use tokio::time::Instant;
 
 use crate::address;
 use crate::bodies::{Answer, Coding, Failed, Rated, fold, unfold};
-use crate::counts::OwnPlace;
+use crate::counts::{Ids, OwnPlace};
 use crate::hygiene;
 use crate::refusal::{Body, Refusal};
 use crate::serve::Shared;
@@ -53,6 +53,10 @@ const HOPS: [HeaderName; 7] = [
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
 ];
+/// Names a request in its answer, the logs and the ledger.
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Longest id that a client may give (bytes); workers take the same ones.
+const MOST_ID: usize = 128;
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 /// Smaller answers are not worth folding (bytes).
 const FOLD_FROM: u64 = 1024;
@@ -80,7 +84,7 @@ pub(crate) async fn answer(
     shared: Arc<Shared>,
     client: Client,
     state: Arc<State>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Response<Body> {
     let client = Client {
         address: real_address(request.headers(), client.address, &shared),
@@ -88,6 +92,7 @@ pub(crate) async fn answer(
     };
     let active = state.begin();
     shared.stats.requests.add();
+    let id = name(request.headers_mut(), &shared.ids);
     let refused = state.refusal().map(Refusal::from);
     let outcome = match refused {
         Some(refusal) => Err(refusal),
@@ -95,13 +100,28 @@ pub(crate) async fn answer(
     };
     outcome.unwrap_or_else(|refusal| {
         shared.stats.refused.add();
-        let id = shared.ids.next();
         let status = refusal.status().as_u16();
+        let request_id = id.to_str().unwrap_or_default();
         tracing::info!(
-            address = %client.address, request_id = %id, status, reason = %refusal, "request refused at the door"
+            address = %client.address, request_id, status, reason = %refusal, "request refused at the door"
         );
-        refusal.answer(&id)
+        refusal.answer(id)
     })
+}
+
+/// The request's id: the client's, or one of ours. A worker gets it too, so that an answer of the door stands under the
+/// same id as what the worker has noted of the request.
+fn name(headers: &mut HeaderMap, ids: &Ids) -> HeaderValue {
+    let given = headers.get_all(REQUEST_ID).iter().next_back();
+    let given = given.filter(|id| is_request_id(id.as_bytes())).cloned();
+    let id = given.unwrap_or_else(|| ids.next());
+    headers.insert(REQUEST_ID, id.clone());
+    id
+}
+
+fn is_request_id(id: &[u8]) -> bool {
+    let fits = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
+    (1..=MOST_ID).contains(&id.len()) && id.iter().all(fits)
 }
 
 async fn forward(

@@ -6,6 +6,7 @@ use http::{HeaderValue, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full};
 
+use crate::forward::REQUEST_ID;
 use crate::framing::Violation;
 use crate::hygiene::Wrong;
 use crate::watched::Refused;
@@ -117,7 +118,7 @@ impl Refusal {
     }
 
     /// The answer, under the request's id. After some of them the connection cannot go on.
-    pub(crate) fn answer(&self, id: &str) -> Response<Body> {
+    pub(crate) fn answer(&self, id: HeaderValue) -> Response<Body> {
         let status = self.status();
         let body = Full::new(Bytes::from(self.json())).map_err(|never| match never {});
         let mut response = Response::new(body.boxed_unsync());
@@ -129,9 +130,7 @@ impl Refusal {
             "x-content-type-options",
             HeaderValue::from_static("nosniff"),
         );
-        if let Ok(id) = HeaderValue::from_str(id) {
-            headers.insert("x-request-id", id);
-        }
+        headers.insert(REQUEST_ID, id);
         if matches!(self, Self::Malformed(_) | Self::Slow(_) | Self::Broken) {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }

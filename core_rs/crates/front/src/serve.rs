@@ -181,7 +181,9 @@ async fn connection(shared: &Arc<Shared>, mut stream: TcpStream, peer: SocketAdd
     match &shared.tls {
         None => begin(shared, stream, client, None).await,
         Some(tls) => {
-            let Some(stream) = handshake(shared, tls, stream, address).await else {
+            // Boxes, so that an idle connection keeps neither room for a handshake nor for the other protocol.
+            let done = Box::pin(handshake(shared, tls, stream, address)).await;
+            let Some(stream) = done.map(Box::new) else {
                 return;
             };
             let client = identified(client, &stream);
@@ -292,9 +294,9 @@ where
         return;
     };
     if two {
-        serve_two(shared, stream, client, &state).await;
+        Box::pin(serve_two(shared, stream, client, &state)).await;
     } else {
-        serve_one(shared, stream, client, &state).await;
+        Box::pin(serve_one(shared, stream, client, &state)).await;
     }
     match state.ended() {
         Ended::No => {}
@@ -327,7 +329,10 @@ where
 {
     let service = service_fn(|request| {
         let (shared, client, state) = (Arc::clone(shared), client.clone(), Arc::clone(state));
-        async move { Ok::<_, Infallible>(forward::answer(shared, client, state, request).await) }
+        // hyper keeps the room of an answer while there is none.
+        Box::pin(async move {
+            Ok::<_, Infallible>(forward::answer(shared, client, state, request).await)
+        })
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -126,25 +126,58 @@ async fn a_worker_that_dies_ends_its_streams_with_an_error_and_costs_nobody_else
 async fn a_worker_that_dies_before_it_answers_is_an_error_that_may_be_tried_again() {
     let mut stage = Stage::plain(quick());
     let (told, mut hears) = tokio::sync::mpsc::channel(1);
-    stage.worker(script(move |_| {
+    stage.worker(script(move |request| {
         let told = told.clone();
         async move {
-            told.send(()).await.unwrap();
+            let id = request.headers()["x-request-id"].to_str().unwrap();
+            told.send(id.to_owned()).await.unwrap();
             std::future::pending().await
         }
     }));
     let mut stream = stage.connect().await;
     stream.write_all(close(GET).as_bytes()).await.unwrap();
-    hears.recv().await.unwrap();
+    let id = hears.recv().await.unwrap();
     stage.kill(0);
     let answer = rest(&mut stream).await;
     assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
     assert!(answer.contains("retry-after: 1"), "{answer}");
+    // Under this id the worker has noted what it took.
+    assert!(
+        answer.contains(&format!("x-request-id: {id}\r\n")),
+        "{answer}"
+    );
     let none = stage.raw(&close(GET)).await;
     assert!(
         none.starts_with("HTTP/1.1 503") && none.contains("no worker"),
         "{none}"
     );
+}
+
+#[tokio::test]
+async fn an_id_is_the_clients_where_it_is_one() {
+    let mut stage = Stage::plain(quick());
+    stage.worker(script(|request| async move {
+        let ids = request.headers().get_all("x-request-id").iter();
+        text(ids.map(|id| id.to_str().unwrap_or("?")).collect::<String>())
+    }));
+    let long = "x".repeat(128);
+    let longer = "x".repeat(129);
+    for (given, kept) in [
+        ("a.B_9-", true),
+        (&*long, true),
+        (&longer, false),
+        ("", false),
+        ("two words", false),
+        ("\"quoted\"", false),
+    ] {
+        let head = format!(
+            "GET / HTTP/1.1\r\nhost: a\r\nx-request-id: {given}\r\nconnection: close\r\n\r\n"
+        );
+        let answer = stage.raw(&head).await;
+        let (_, told) = answer.split_once("\r\n\r\n").unwrap();
+        assert_eq!(told == given, kept, "{given:?}: {told:?}");
+        assert!(kept || told.starts_with("req-"), "{given:?}: {told:?}");
+    }
 }
 
 #[tokio::test]

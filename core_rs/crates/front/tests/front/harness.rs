@@ -126,13 +126,14 @@ pub(crate) fn feeding(
     (sender, script(answer))
 }
 
-/// What a worker was sent, as text: first line, headers in order of their names, body.
+/// What a worker was sent, as text: first line, headers in order of their names without the request's id, body.
 pub(crate) async fn echo(request: Request<Incoming>) -> Response<Body> {
     let (parts, body) = request.into_parts();
     let mut lines = vec![format!("{} {}", parts.method, parts.uri)];
     let mut headers: Vec<String> = parts
         .headers
         .iter()
+        .filter(|(name, _)| *name != "x-request-id")
         .map(|(name, value)| format!("{name}: {}", value.to_str().unwrap_or("?")))
         .collect();
     headers.sort_by(|left, right| left.split(':').cmp(right.split(':')));
