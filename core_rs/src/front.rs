@@ -153,8 +153,13 @@ impl Front {
 
     /// Reads the certificate files again, for new connections. Raises `TlsError`; then the old ones stay.
     fn reload(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.tls.as_ref().map_or(Ok(()), |tls| tls.reload()))
-            .map_err(|error| refused(&error))
+        let Some(tls) = &self.tls else {
+            return Ok(());
+        };
+        py.detach(|| tls.reload())
+            .map_err(|error| refused(&error))?;
+        self.inner.stats().swaps.add();
+        Ok(())
     }
 
     /// Accepts nothing more; connections end when their requests are answered.

@@ -13,6 +13,7 @@ from helixflow.errors import StartError
 from helixflow.gateway.accounting import Accountant, Metered, Prices, Unmetered
 from helixflow.gateway.admin import Admin
 from helixflow.gateway.auth import DevelopmentKeys, KeyStore
+from helixflow.gateway.board import Board
 from helixflow.gateway.certificates import GatewayFiles
 from helixflow.gateway.credentials import Credentials
 from helixflow.gateway.login import Login
@@ -43,11 +44,14 @@ class Services:
         self.accountant = accountant
 
     @classmethod
-    async def open(cls, config: Config) -> "Services":
-        """Starts what the configuration asks for. Raises TlsError, or StartError for a spool that cannot be used."""
+    async def open(cls, config: Config, board: Board | None = None) -> "Services":
+        """Starts what the configuration asks for. Raises TlsError, or StartError for a spool that cannot be used.
+
+        `board`: where the main process says what the front door has counted.
+        """
         if not config.gateway.accounts:
             return cls(DevelopmentKeys(), Unmetered())
-        return await Connected.open(config)
+        return await Connected.open(config, board)
 
     def routes(self) -> list[Route]:
         """Routes that exist with accounts only."""
@@ -68,10 +72,13 @@ class Services:
 class Connected(Services):
     """A worker with an auth-service."""
 
-    def __init__(self, config: Config, client: Client, spool: Spool, gateway: uuid.UUID) -> None:
+    def __init__(
+        self, config: Config, client: Client, spool: Spool, gateway: uuid.UUID, board: Board | None = None
+    ) -> None:
         """Use `Services.open`."""
         name = str(gateway)
         self._client = client
+        self._board = board
         self._public = PublicUrl(config)
         self._spool = spool
         self._prices = Prices()
@@ -86,7 +93,7 @@ class Connected(Services):
         super().__init__(self._credentials, self._metered)
 
     @classmethod
-    async def open(cls, config: Config) -> "Connected":
+    async def open(cls, config: Config, board: Board | None = None) -> "Connected":
         """Opens the spool and connects in the background: an auth-service that is away stops nobody from starting."""
         gateway = uuid.uuid4()
         try:
@@ -98,14 +105,14 @@ class Connected(Services):
         except CoreError:
             spool.close()
             raise
-        services = cls(config, client, spool, gateway)
+        services = cls(config, client, spool, gateway, board)
         services._keep(services._credentials.watch())
         services._keep(services._limiter.run())
         return services
 
     def routes(self) -> list[Route]:
         """Administration, login, and the state of this worker."""
-        status = Status(self._metered, self._credentials, self._limiter, self._shipper)
+        status = Status(self._metered, self._credentials, self._limiter, self._shipper, self._board)
         return [*Admin(self._client.call).routes(), *Login(self._client.call, self._public).routes(), *status.routes()]
 
     def trouble(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""GET /admin/v1/status: the counters of the worker that answers."""
+"""GET /admin/v1/status: the counters of the worker that answers, and of the front door before all of them."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,6 +7,7 @@ import orjson
 
 from helixflow.core_rs import PermissionDenied, log_counts
 from helixflow.gateway.accounting import Metered
+from helixflow.gateway.board import Board
 from helixflow.gateway.credentials import Credentials
 from helixflow.gateway.http import Request
 from helixflow.gateway.routes import Policy, Route
@@ -21,7 +22,16 @@ ROLES = ("owner", "admin")
 class Status:
     """What this worker has counted since its start."""
 
-    def __init__(self, metered: Metered, credentials: Credentials, limiter: Limiter, shipper: Shipper) -> None:
+    def __init__(
+        self,
+        metered: Metered,
+        credentials: Credentials,
+        limiter: Limiter,
+        shipper: Shipper,
+        board: Board | None = None,
+    ) -> None:
+        """`board`: where the main process says what the front door has counted."""
+        self._board = board
         self._metered = metered
         self._credentials = credentials
         self._limiter = limiter
@@ -44,6 +54,7 @@ class Status:
     def _counters(self) -> dict[str, Any]:
         lost, waiting = log_counts()
         return {
+            "front": self._board.read() if self._board is not None else {},
             "requests": dict(self._metered.counts),
             "ledger": {
                 **asdict(self._metered.spool.stats),

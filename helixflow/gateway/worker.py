@@ -24,6 +24,7 @@ from helixflow.config import Config
 from helixflow.core_rs import CoreError
 from helixflow.errors import EX_SOFTWARE, StartError
 from helixflow.gateway.app import Gateway
+from helixflow.gateway.board import Board
 from helixflow.gateway.bridge import Bridge
 from helixflow.gateway.certificates import use_kept
 from helixflow.gateway.front import HEAD_BYTES
@@ -63,6 +64,7 @@ class Plan:
     """Where it listens."""
     control: int
     stacks: int
+    board: int
     parent: int
     connect: str = DEFAULT_CONNECT
     """`module:name` of what makes its bridge."""
@@ -95,9 +97,10 @@ class Listener(Server):
 class Worker:
     """The life of a worker, between two processes."""
 
-    def __init__(self, config: Config, control: socket.socket, connect: Connect) -> None:
-        """`control`: stream of one-byte messages."""
+    def __init__(self, config: Config, control: socket.socket, connect: Connect, board: Board | None = None) -> None:
+        """`control`: stream of one-byte messages. `board`: where the main process says what it counts."""
         self._config = config
+        self._board = board
         self._control = control
         self._connect = connect
         self._stop = asyncio.Event()
@@ -108,7 +111,7 @@ class Worker:
         """Runs the server from start to stop. Raises StartError when it does not come up."""
         loop = asyncio.get_running_loop()
         bridge = self._bridge = self._connect(self._config)
-        services = await Services.open(self._config)
+        services = await Services.open(self._config, self._board)
         app = Gateway(self._config, bridge, services)
         server: Any = Listener(app, path, self._config)
         serving = loop.create_task(server.serve())
@@ -189,7 +192,7 @@ def main() -> None:
     status = EX_SOFTWARE
     try:
         with socket.socket(fileno=plan.control) as control:
-            uvloop.run(Worker(config, control, connect).serve(Path(plan.path)))
+            uvloop.run(Worker(config, control, connect, Board(plan.board)).serve(Path(plan.path)))
         status = 0
     except (StartError, CoreError, OSError) as error:
         logger.error("worker cannot serve", error=str(error))

@@ -21,6 +21,7 @@ from helixflow.core_rs import Front, TlsError
 from helixflow.disk import Room
 from helixflow.errors import EX_SOFTWARE
 from helixflow.gateway import worker
+from helixflow.gateway.board import Board
 from helixflow.gateway.certificates import GatewayFiles, keep
 from helixflow.gateway.front import open_front
 from helixflow.gateway.services import DRAIN_S
@@ -104,6 +105,7 @@ class Workers:
         self._connect = connect
         self._on_ready = on_ready
         self._front: Front | None = None
+        self._board = Board()
         self._folder = Path(tempfile.mkdtemp(prefix="helixflow-gateway-"))
         self._files = GatewayFiles.of(config)
         self._pulse = Pulse()
@@ -144,6 +146,7 @@ class Workers:
                 child.process.kill()
             shutil.rmtree(self._folder, ignore_errors=True)
             signal.set_wakeup_fd(-1)
+            self._board.close()
         return self._status
 
     # --- events ---------------------------------------------------------------
@@ -212,6 +215,8 @@ class Workers:
             self._look_at = now + min(LOOK_S, self._pulse.interval_s)
             self._pulse.beat()
             self._room.look()
+            if self._front is not None:
+                self._board.write({"connections": self._front.connections(), **self._front.stats()})
             for child in self._children:
                 child.look(now)
         if now >= self._watch_at:
@@ -263,12 +268,13 @@ class Workers:
         stacks = Stacks()
         self._born += 1
         path = self._folder / f"{self._born}.sock"
-        plan = worker.Plan(str(path), theirs.fileno(), stacks.fileno(), os.getpid(), self._connect, kept)
+        board = self._board.fileno()
+        plan = worker.Plan(str(path), theirs.fileno(), stacks.fileno(), board, os.getpid(), self._connect, kept)
         process = subprocess.Popen(
             [sys.executable, "-m", "helixflow.gateway.worker"],
             env={**_general(), **as_environment("gateway", self._config), worker.PLAN: plan.dumps()},
             stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), stacks.fileno(), *kept.values()),
+            pass_fds=(theirs.fileno(), stacks.fileno(), board, *kept.values()),
         )
         theirs.close()
         for number in kept.values():

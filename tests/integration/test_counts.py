@@ -209,7 +209,8 @@ async def _settled(run: Run, database: Any) -> dict[str, Any]:
         found: dict[str, Any] = (await line.ask(request(STATUS, None, run.platform.admin_key))).json()
         ledger = found["ledger"]
         held = await database.fetchval(HELD, Metric.TOKENS_PER_MINUTE)
-        if not ledger["pending"] and ledger["shipped"] == ledger["ended"] and not held:
+        told = found["front"].get("requests", 0) > len(run.seen)
+        if told and not ledger["pending"] and ledger["shipped"] == ledger["ended"] and not held:
             line.close()
             return found
         await asyncio.sleep(0.05)
@@ -278,6 +279,14 @@ def test_the_gateway_counts_the_same(run: Run) -> None:
     assert counts["refused"] == refused.total()
     ledger = run.counters["ledger"]
     assert (ledger["begun"], ledger["ended"], ledger["shipped"]) == (len(run.rows),) * 3
+
+
+def test_the_front_door_has_counted_too(run: Run) -> None:
+    front = run.counters["front"]
+    assert front["accepted"] >= LINES
+    assert front["requests"] > len(run.seen)
+    for trouble in ("refused", "crowded", "crowded_client", "silent", "stalled", "floods", "revoked"):
+        assert front[trouble] == 0, trouble
 
 
 def part(counts: dict[str, int], prefix: str) -> dict[str, int]:

@@ -26,7 +26,7 @@ use crate::forward::{self, Client};
 use crate::options::Options;
 use crate::proxy;
 use crate::stats::Stats;
-use crate::tls::Tls;
+use crate::tls::{Shown, Tls};
 use crate::watched::{Ended, State, Watched};
 use crate::workers::Workers;
 
@@ -122,6 +122,21 @@ async fn told(draining: &mut watch::Receiver<bool>) {
     draining.wait_for(|draining| *draining).await.map(drop).ok();
 }
 
+/// Waits until a connection should take no further request.
+async fn farewell(shared: &Shared, shown: Option<Shown>) {
+    let mut draining = shared.draining.subscribe();
+    let refused = async {
+        match shown {
+            Some(mut shown) => shown.refused().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = told(&mut draining) => {}
+        () = refused => shared.stats.revoked.add(),
+    }
+}
+
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut draining = shared.draining.subscribe();
     loop {
@@ -179,16 +194,19 @@ async fn connection(shared: &Arc<Shared>, mut stream: TcpStream, peer: SocketAdd
         spiffe: None,
     };
     match &shared.tls {
-        None => begin(shared, stream, client, None).await,
+        None => begin(shared, stream, client, None, None).await,
         Some(tls) => {
+            let verifier = tls.watch();
             // Boxes, so that an idle connection keeps neither room for a handshake nor for the other protocol.
             let done = Box::pin(handshake(shared, tls, stream, address)).await;
             let Some(stream) = done.map(Box::new) else {
                 return;
             };
             let client = identified(client, &stream);
-            let two = stream.get_ref().1.alpn_protocol().map(|name| name == b"h2");
-            begin(shared, stream, client, two).await;
+            let session = stream.get_ref().1;
+            let shown = Shown::new(session.peer_certificates(), verifier);
+            let two = session.alpn_protocol().map(|name| name == b"h2");
+            begin(shared, stream, client, two, shown).await;
         }
     }
 }
@@ -276,8 +294,13 @@ async fn handshake(
 }
 
 /// Finds out which HTTP it is, then serves. `two`: what was agreed on; `None`: nothing.
-async fn begin<S>(shared: &Arc<Shared>, mut stream: S, client: Client, two: Option<bool>)
-where
+async fn begin<S>(
+    shared: &Arc<Shared>,
+    mut stream: S,
+    client: Client,
+    two: Option<bool>,
+    shown: Option<Shown>,
+) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let first = if two.is_some() {
@@ -294,9 +317,9 @@ where
         return;
     };
     if two {
-        Box::pin(serve_two(shared, stream, client, &state)).await;
+        Box::pin(serve_two(shared, stream, client, &state, shown)).await;
     } else {
-        Box::pin(serve_one(shared, stream, client, &state)).await;
+        Box::pin(serve_one(shared, stream, client, &state, shown)).await;
     }
     match state.ended() {
         Ended::No => {}
@@ -323,8 +346,13 @@ async fn sniff(stream: &mut (impl AsyncRead + Unpin), shared: &Shared) -> io::Re
     Ok(first)
 }
 
-async fn serve_one<S>(shared: &Arc<Shared>, stream: Watched<S>, client: Client, state: &Arc<State>)
-where
+async fn serve_one<S>(
+    shared: &Arc<Shared>,
+    stream: Watched<S>,
+    client: Client,
+    state: &Arc<State>,
+    shown: Option<Shown>,
+) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let service = service_fn(|request| {
@@ -341,10 +369,9 @@ where
         .max_buf_size(shared.options.head_bytes.max(8192))
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
-    let mut draining = shared.draining.subscribe();
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
-        () = told(&mut draining) => {
+        () = farewell(shared, shown) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
@@ -354,8 +381,13 @@ where
     }
 }
 
-async fn serve_two<S>(shared: &Arc<Shared>, stream: Watched<S>, client: Client, state: &Arc<State>)
-where
+async fn serve_two<S>(
+    shared: &Arc<Shared>,
+    stream: Watched<S>,
+    client: Client,
+    state: &Arc<State>,
+    shown: Option<Shown>,
+) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let address = client.address;
@@ -377,10 +409,9 @@ where
         .max_send_buf_size(SEND_BYTES)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
-    let mut draining = shared.draining.subscribe();
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
-        () = told(&mut draining) => {
+        () = farewell(shared, shown) => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }

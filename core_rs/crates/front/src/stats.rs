@@ -48,6 +48,8 @@ stats! {
     stalled
     /// Connections with too many frames that carry nothing.
     floods
+    /// Connections that took no further request: their client's certificate is not good any more.
+    revoked
     /// Requests that were read.
     requests
     /// Requests that reached no worker, or got no answer of one.

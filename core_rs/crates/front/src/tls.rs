@@ -7,13 +7,15 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use rustls::crypto::CryptoProvider;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{
     ClientHello, NoServerSessionStorage, ProducesTickets, ResolvesServerCert, WebPkiClientVerifier,
 };
 use rustls::sign::CertifiedKey;
 use rustls::{RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
+use tokio::sync::watch;
 
 /// No file of certificates comes near this.
 const FILE_BYTES: u64 = 16 << 20;
@@ -63,6 +65,51 @@ pub struct Tls {
     provider: Arc<CryptoProvider>,
     current: ArcSwap<ServerConfig>,
     tickets: ArcSwap<Tickets>,
+    /// Of clients' certificates; those that are connected look at it again when it changes.
+    verifier: watch::Sender<Verifier>,
+}
+
+pub(crate) type Verifier = Option<Arc<dyn ClientCertVerifier>>;
+
+/// The certificate that a connection's client has shown, its own first.
+pub(crate) struct Shown {
+    chain: Vec<CertificateDer<'static>>,
+    verifier: watch::Receiver<Verifier>,
+}
+
+impl Shown {
+    /// `None`: the client has shown nothing.
+    pub(crate) fn new(
+        chain: Option<&[CertificateDer<'_>]>,
+        verifier: watch::Receiver<Verifier>,
+    ) -> Option<Self> {
+        let owned = |certificate: &CertificateDer<'_>| certificate.clone().into_owned();
+        let chain = chain?.iter().map(owned).collect();
+        Some(Self { chain, verifier })
+    }
+
+    /// Returns when the certificate is not good any more.
+    pub(crate) async fn refused(&mut self) {
+        while self.verifier.changed().await.is_ok() {
+            if !self.is_good() {
+                return;
+            }
+        }
+        // Nobody will say so any more.
+        std::future::pending().await
+    }
+
+    fn is_good(&self) -> bool {
+        let verifier = self.verifier.borrow().clone();
+        let Some((own, others)) = self.chain.split_first() else {
+            return true;
+        };
+        verifier.is_none_or(|verifier| {
+            verifier
+                .verify_client_cert(own, others, UnixTime::now())
+                .is_ok()
+        })
+    }
 }
 
 /// Tickets belong to the authorities that vouched for the clients who hold them.
@@ -92,8 +139,10 @@ impl Tls {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let trust = trust(&files)?;
         let tickets = Arc::new(tickets(trust)?);
-        let config = config(&files, &provider, &tickets)?;
+        let verifier = verifier(&files, &provider)?;
+        let config = config(&files, &provider, &tickets, verifier.clone())?;
         Ok(Self {
+            verifier: watch::Sender::new(verifier),
             files,
             provider,
             current: ArcSwap::from_pointee(config),
@@ -105,14 +154,24 @@ impl Tls {
     pub fn reload(&self) -> Result<(), FileError> {
         let trust = trust(&self.files)?;
         let mut held = self.tickets.load_full();
-        if held.trust != trust {
+        let other = held.trust != trust;
+        if other {
             // A resumed connection shows no certificate again: who may not come back, must not have a ticket.
             held = Arc::new(tickets(trust)?);
         }
-        let config = config(&self.files, &self.provider, &held)?;
+        let verifier = verifier(&self.files, &self.provider)?;
+        let config = config(&self.files, &self.provider, &held, verifier.clone())?;
         self.tickets.store(held);
         self.current.store(Arc::new(config));
+        if other {
+            self.verifier.send_replace(verifier);
+        }
         Ok(())
+    }
+
+    /// Tells what changes from now on: asked for before a handshake looks at a certificate.
+    pub(crate) fn watch(&self) -> watch::Receiver<Verifier> {
+        self.verifier.subscribe()
     }
 
     /// For one connection.
@@ -148,6 +207,7 @@ fn config(
     files: &TlsFiles,
     provider: &Arc<CryptoProvider>,
     tickets: &Tickets,
+    verifier: Verifier,
 ) -> Result<ServerConfig, FileError> {
     let pairs = files
         .pairs
@@ -159,9 +219,9 @@ fn config(
     let builder = ServerConfig::builder_with_provider(Arc::clone(provider))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(wrong)?;
-    let builder = match &files.client_ca {
+    let builder = match verifier {
         None => builder.with_no_client_auth(),
-        Some(path) => builder.with_client_cert_verifier(verifier(path, files, provider)?),
+        Some(verifier) => builder.with_client_cert_verifier(verifier),
     };
     let mut config = builder.with_cert_resolver(Arc::new(Choice(pairs)));
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
@@ -198,11 +258,10 @@ fn certified(pair: &Pair, provider: &CryptoProvider) -> Result<CertifiedKey, Fil
     Ok(certified)
 }
 
-fn verifier(
-    path: &Path,
-    files: &TlsFiles,
-    provider: &Arc<CryptoProvider>,
-) -> Result<Arc<dyn rustls::server::danger::ClientCertVerifier>, FileError> {
+fn verifier(files: &TlsFiles, provider: &Arc<CryptoProvider>) -> Result<Verifier, FileError> {
+    let Some(path) = &files.client_ca else {
+        return Ok(None);
+    };
     let mut roots = RootCertStore::empty();
     for certificate in certificates(path)? {
         roots
@@ -218,9 +277,10 @@ fn verifier(
             .map_err(|error| FileError::new(list, format!("is no PEM revocation list: {error}")))?;
         builder = builder.with_crls(lists).allow_unknown_revocation_status();
     }
-    builder
+    let built = builder
         .build()
-        .map_err(|error| FileError::new(path, format!("cannot be used for clients: {error}")))
+        .map_err(|error| FileError::new(path, format!("cannot be used for clients: {error}")))?;
+    Ok(Some(built))
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, FileError> {

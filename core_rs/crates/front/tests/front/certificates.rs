@@ -250,6 +250,36 @@ async fn authorities_that_change_make_tickets_void() {
 }
 
 #[tokio::test]
+async fn a_certificate_that_is_good_no_more_ends_its_connections() {
+    let (clients, others) = (Authority::new(), Authority::new());
+    let site = site(Some(&clients), quick());
+    let own = clients.issue(&PKCS_ECDSA_P256_SHA256, Some("spiffe://example.org/batch"));
+    let trust = |pem: &str| {
+        std::fs::write(site.stage.folder.path().join("clients.pem"), pem).unwrap();
+        site.stage.tls.as_ref().unwrap().reload().unwrap();
+    };
+    let ask = "GET / HTTP/1.1\r\nhost: localhost\r\n\r\n".as_bytes();
+    let connect = async |own: Option<&(String, String)>| {
+        let config = Arc::new(site.authority.client(own, HTTP1));
+        let mut stream = tls(site.stage.address, &config).await.unwrap();
+        stream.write_all(ask).await.unwrap();
+        until(&mut stream, "http: 1.1\n").await;
+        stream
+    };
+    let mut shown = connect(Some(&own)).await;
+    let mut none = connect(None).await;
+    // Another authority beside it changes nothing for those that are here.
+    trust(&format!("{}{}", clients.pem, others.pem));
+    shown.write_all(ask).await.unwrap();
+    until(&mut shown, "http: 1.1\n").await;
+    trust(&others.pem);
+    assert_eq!(rest(&mut shown).await.trim(), "");
+    none.write_all(ask).await.unwrap();
+    until(&mut none, "http: 1.1\n").await;
+    assert_eq!(site.stage.count("revoked"), 1);
+}
+
+#[tokio::test]
 async fn silence_after_the_handshake_costs_a_connection_its_place() {
     let site = site(
         None,
