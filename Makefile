@@ -16,8 +16,8 @@ POSTGRES := /usr/lib/postgresql/15/bin
 APT := $(if $(filter 0,$(shell id -u)),apt-get,)
 
 .DEFAULT_GOAL := help
-.PHONY: help build build-dev serve test test-rust test-python test-clients lint fmt bench certs proto demo-model lock sbom deny clean \
-  system
+.PHONY: help build build-dev serve test test-rust test-python test-long test-clients lint fmt bench certs proto demo-model lock sbom deny \
+  clean system
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,13 +40,16 @@ build-dev: $(VENV)/.dev
 serve: build ## certificates, demo model, all services; Ctrl-C stops them
 	$(BIN)/helixflow serve --profile development
 
-test: test-rust test-python ## everything: cargo's and pytest's
+test: test-rust test-python ## cargo's and pytest's tests, as CI runs them
 
 test-rust:
 	cargo test --workspace --exclude core_rs
 
 test-python: build-dev system
 	$(BIN)/python -m pytest
+
+test-long: build-dev system ## what CI leaves out: killed and stalled services, whole TensorRT builds (10 minutes)
+	$(BIN)/python -m pytest -m long
 
 test-clients: build-dev ## unmodified foreign clients against a served gateway; needs registries, Go and Node
 	$(BIN)/python -m tests.clients

@@ -26,7 +26,11 @@ from .test_lifecycle import alive
 from .test_serve import CHAT, Served
 from .test_supervision import answers, lines, worker_of
 
-pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="only root can become others"), pytest.mark.timeout(120)]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can become others"),
+    pytest.mark.timeout(120),
+]
 FIRST = 60601
 DEMO = Path(__file__).resolve().parents[2] / "engines" / "demo"
 UIDS = {name: FIRST + SERVICES.index(name) for name in ("gateway", "auth", "pool")}

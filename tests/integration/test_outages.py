@@ -25,6 +25,8 @@ from .proxy import Proxy, proxy
 from .stack import SCRIPTED, Process, context, environment, until
 from .wire import CHAT, STATUS, Answer, Line, chat, request
 
+pytestmark = pytest.mark.long
+
 RATE = 200
 """Requests/s: two cores serve them beside everything else that runs on them."""
 ENDLESS = 3000

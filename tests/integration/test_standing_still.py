@@ -21,6 +21,8 @@ from helixflow.errors import EX_SOFTWARE
 from .stack import HEADERS, SCRIPTED, Stack, context, running, until
 from .test_lifecycle import Observer
 
+pytestmark = pytest.mark.long
+
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {
     "model": "gpt-4",

@@ -20,6 +20,8 @@ from .stack import HEADERS, SCRIPTED, context, environment, until
 from .test_lifecycle import alive, descendants
 from .test_serve import CHAT, Served, log
 
+pytestmark = pytest.mark.long
+
 FOUND_S = 10.0
 """A standstill is found within this time (seconds)."""
 

@@ -21,6 +21,8 @@ from perf.gpu.report import slug
 from perf.gpu.rows import Row
 from perf.gpu.state import FILE, Record, State, key_of
 
+pytestmark = pytest.mark.long
+
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 PROBED = {
     "device": "NVIDIA Test 9000", "sm": 90, "driver": "580.1", "cuda": "13.0", "memory": 80 << 30, "cache": 50 << 20,

@@ -14,6 +14,8 @@ from perf.gpu import end_to_end
 from perf.gpu.end_to_end import Shape, Target
 from perf.gpu.rows import Report, SkippedError, Task
 
+pytestmark = pytest.mark.long
+
 SMALL = Shape(hidden=64, inner=96, layers=2, heads=4, kv_heads=2, head_dim=16, positions=1024, past=40)
 
 

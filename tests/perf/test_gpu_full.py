@@ -23,6 +23,8 @@ from perf.gpu.sizes import FULL
 from perf.gpu.work import WARM_STEPS
 from tests.perf.support import DryDevice, interpreted, named, perform
 
+pytestmark = pytest.mark.long
+
 
 def built(
     library: Library,

@@ -27,6 +27,8 @@ from perf.gpu.work import Work
 from tests.engine.tensorrt.host_device import PLANS, HostDevice
 from tests.perf.support import TINY, TOOLKIT, TOOLS, cpu_modules, interpreted, named, nothing, perform
 
+pytestmark = pytest.mark.long
+
 Step = Callable[[Task], None]
 COMPARED: list[tuple[Step, str, int]] = [
     (basics.copy, "", 1),

@@ -20,6 +20,8 @@ from helixflow.engine.tensorrt.network import Network, build_network
 from helixflow.engine.tensorrt.options import GPU_PRECISIONS, AttentionForm, EngineOptions, GpuPrecision
 from tests.engine.support import GOLDEN, tiny_config
 
+pytestmark = pytest.mark.long
+
 DEVICES = (80, 89, 120)
 OPTIONS = EngineOptions("fp16", slots=4, max_len=255)
 

@@ -30,6 +30,8 @@ from helixflow.engine.tensorrt.numeric import NUMPY
 from helixflow.engine.tensorrt.options import Compute
 from tests.engine.tensorrt.cpu_kernels import CpuModule, build
 
+pytestmark = pytest.mark.long
+
 LLAMA_8B = AttentionShape(32, 8, 128, 8193, "fp16")
 QWEN_05B = AttentionShape(14, 2, 64, 4097, "fp16")
 SHARED_BYTES = 48 * 1024

@@ -21,6 +21,8 @@ from tests.engine.tensorrt.rig import Golden, device_of, open_engine, spoil
 from tests.engine.tensorrt.test_split import make_engine, new_device
 from tests.pool.support import connect, finish
 
+pytestmark = pytest.mark.long
+
 SLOTS, MAX_LEN, STEP_TOKENS, TOKENS = 3, 160, 24, 24
 FAMILIES = ("llama-tiny", "mistral-tiny", "qwen2-tiny", "qwen3-tiny")
 TEMPERATURE = 0.8

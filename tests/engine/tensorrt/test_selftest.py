@@ -19,6 +19,8 @@ from tests.engine.tensorrt.cpu_kernels import CpuModule, build
 from tests.engine.tensorrt.ground import Ground
 from tests.engine.tensorrt.host_device import HostDevice
 
+pytestmark = pytest.mark.long
+
 Closure = Callable[..., Any]
 
 

@@ -30,6 +30,8 @@ from tests.engine.support import GOLDEN, GOLDEN_NAMES, Reference, batch, random_
 from tests.engine.tensorrt.cpu_kernels import CpuModule, build
 from tests.engine.tensorrt.host_device import Garbage, HostDevice, Pace, register
 
+pytestmark = pytest.mark.long
+
 DEVICES = (80, 89, 120)
 OPTIONS = EngineOptions("fp16", slots=4, max_len=255, attention="split")
 TOLERANCE = 1e-4  # 1e-3 is asked for; 1e-5 is what comes out
