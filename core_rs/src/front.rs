@@ -63,6 +63,7 @@ impl FrontOptions {
             body_rate,
             body_grace: seconds(body_grace_s)?,
             idle: seconds(idle_s)?,
+            park: Options::default().park,
             write_stall: seconds(write_stall_s)?,
             connections,
             connections_per_client,

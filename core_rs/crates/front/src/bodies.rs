@@ -279,8 +279,12 @@ impl<T: Unpin> HttpBody for Answer<T> {
         if self.over {
             return Poll::Ready(None);
         }
-        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
-        match frame {
+        let mut frame = Pin::new(&mut self.body).poll_frame(context);
+        if frame.is_pending() {
+            self.lease.drive(context);
+            frame = Pin::new(&mut self.body).poll_frame(context);
+        }
+        match ready!(frame) {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref().filter(|data| data.has_remaining()) {
                     self.between = data.ends_with(b"\n\n");

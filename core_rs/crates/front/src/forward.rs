@@ -28,7 +28,7 @@ use crate::counts::{Ids, OwnPlace};
 use crate::hygiene;
 use crate::refusal::{Body, Refusal};
 use crate::serve::Shared;
-use crate::watched::{Active, State};
+use crate::watched::Active;
 use crate::workers::Lease;
 
 /// Tells a worker who its client is; from a client itself it is never taken.
@@ -83,17 +83,16 @@ type Held = (Active, Option<OwnPlace>);
 pub(crate) async fn answer(
     shared: Arc<Shared>,
     client: Client,
-    state: Arc<State>,
+    active: Active,
     mut request: Request<Incoming>,
 ) -> Response<Body> {
     let client = Client {
         address: real_address(request.headers(), client.address, &shared),
         ..client
     };
-    let active = state.begin();
     shared.stats.requests.add();
     let id = name(request.headers_mut(), &shared.ids);
-    let refused = state.refusal().map(Refusal::from);
+    let refused = active.refusal().map(Refusal::from);
     let outcome = match refused {
         Some(refusal) => Err(refusal),
         None => forward(&shared, &client, active, request).await,
@@ -364,8 +363,8 @@ async fn send(
             continue;
         };
         sent += 1;
-        let Ok(sender) = lease.sender() else { continue };
-        match sender.try_send_request(request).await {
+        let Some(link) = lease.link() else { continue };
+        match link.send(request).await {
             Ok(response) => return Ok((response, lease)),
             Err(mut error) => {
                 let unsent = error.take_message();

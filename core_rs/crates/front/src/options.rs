@@ -19,6 +19,8 @@ pub struct Options {
     pub body_grace: Duration,
     /// Between two requests: longer than the 60 s after which load balancers give a connection up.
     pub idle: Duration,
+    /// Idle so long, an HTTP/1.1 connection gives its buffers away.
+    pub park: Duration,
     /// A client that takes nothing for so long has gone, or keeps what it is sent in our memory.
     pub write_stall: Duration,
     /// Connections in all: each costs memory and a file descriptor.
@@ -54,6 +56,7 @@ impl Default for Options {
             body_rate: 1024,
             body_grace: Duration::from_secs(15),
             idle: Duration::from_secs(75),
+            park: Duration::from_secs(1),
             write_stall: Duration::from_secs(60),
             connections: 4096,
             connections_per_client: 1024,

@@ -1,18 +1,20 @@
 //! Accepts connections, ends TLS, and serves HTTP on them.
 
 use std::convert::Infallible;
-use std::future::poll_fn;
+use std::future::{Future as _, poll_fn};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use http::HeaderValue;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
@@ -346,9 +348,11 @@ async fn sniff(stream: &mut (impl AsyncRead + Unpin), shared: &Shared) -> io::Re
     Ok(first)
 }
 
+/// A connection that has been idle for a while has no HTTP server, whose buffers are most of what a connection costs: it
+/// gets one with the next bytes.
 async fn serve_one<S>(
     shared: &Arc<Shared>,
-    stream: Watched<S>,
+    mut stream: Watched<S>,
     client: Client,
     state: &Arc<State>,
     shown: Option<Shown>,
@@ -356,28 +360,48 @@ async fn serve_one<S>(
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let service = service_fn(|request| {
-        let (shared, client, state) = (Arc::clone(shared), client.clone(), Arc::clone(state));
+        let (shared, client, active) = (Arc::clone(shared), client.clone(), state.begin());
         // hyper keeps the room of an answer while there is none.
         Box::pin(async move {
-            Ok::<_, Infallible>(forward::answer(shared, client, state, request).await)
+            Ok::<_, Infallible>(forward::answer(shared, client, active, request).await)
         })
     });
-    let connection = http1::Builder::new()
+    let mut builder = http1::Builder::new();
+    builder
         .timer(TokioTimer::new())
         .header_read_timeout(None)
         .max_header_size(shared.options.head_bytes)
-        .max_buf_size(shared.options.head_bytes.max(8192))
-        .serve_connection(TokioIo::new(stream), service);
-    let mut connection = std::pin::pin!(connection);
-    let outcome = tokio::select! {
-        outcome = connection.as_mut() => outcome,
-        () = farewell(shared, shown) => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+        .max_buf_size(shared.options.head_bytes.max(8192));
+    let mut leave = std::pin::pin!(farewell(shared, shown).fuse());
+    loop {
+        let more = tokio::select! {
+            more = stream.more() => more,
+            () = leave.as_mut() => Ok(false),
+        };
+        if !matches!(more, Ok(true)) {
+            // Who has gone hears nothing of it.
+            stream.shutdown().await.ok();
+            return;
         }
-    };
-    if let Err(error) = outcome {
-        tracing::debug!(address = %client.address, %error, "connection ended");
+        let mut connection = builder.serve_connection(TokioIo::new(stream), &service);
+        let outcome = poll_fn(|context| {
+            if leave.as_mut().poll(context).is_ready() {
+                Pin::new(&mut connection).graceful_shutdown();
+            }
+            match Pin::new(&mut connection).poll(context) {
+                Poll::Ready(outcome) => Poll::Ready(Some(outcome)),
+                Poll::Pending if state.is_parked() => Poll::Ready(None),
+                Poll::Pending => Poll::Pending,
+            }
+        })
+        .await;
+        match outcome {
+            None => stream = connection.into_parts().io.into_inner(),
+            Some(Ok(())) => return,
+            Some(Err(error)) => {
+                return tracing::debug!(address = %client.address, %error, "connection ended");
+            }
+        }
     }
 }
 
@@ -394,8 +418,8 @@ async fn serve_two<S>(
     let service = {
         let (shared, state) = (Arc::clone(shared), Arc::clone(state));
         service_fn(move |request| {
-            let (shared, client, state) = (Arc::clone(&shared), client.clone(), Arc::clone(&state));
-            async move { Ok::<_, Infallible>(forward::answer(shared, client, state, request).await) }
+            let (shared, client, active) = (Arc::clone(&shared), client.clone(), state.begin());
+            async move { Ok::<_, Infallible>(forward::answer(shared, client, active, request).await) }
         })
     };
     let options = &shared.options;

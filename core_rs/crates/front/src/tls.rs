@@ -96,7 +96,7 @@ impl Shown {
             }
         }
         // Nobody will say so any more.
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     fn is_good(&self) -> bool {

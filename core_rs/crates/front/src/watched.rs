@@ -3,7 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -45,6 +45,8 @@ pub(crate) struct State {
     refused: Mutex<Option<(u64, Refused)>>,
     /// Of the connection's task, while it waits for the end of an answer.
     waker: AtomicWaker,
+    /// All that was asked was answered and sent a while ago, and nothing has come since. HTTP/1.1 only.
+    parked: AtomicBool,
     /// Nothing was asked for too long: the connection is to be ended politely.
     pub(crate) idle: Notify,
     ended: AtomicU8,
@@ -69,9 +71,10 @@ pub(crate) enum Ended {
 pub(crate) struct Active(Arc<State>);
 
 impl State {
-    /// A request begins.
+    /// A request begins: said as soon as it is read, before anything of its answer is done.
     pub(crate) fn begin(self: &Arc<Self>) -> Active {
         self.active.fetch_add(1, Ordering::AcqRel);
+        self.parked.store(false, Ordering::Release);
         Active(Arc::clone(self))
     }
 
@@ -81,7 +84,7 @@ impl State {
     }
 
     /// The next request has come: why its head was refused, if it was. HTTP/1.1 serves them in their order.
-    pub(crate) fn refusal(&self) -> Option<Refused> {
+    fn refusal(&self) -> Option<Refused> {
         let number = self.requests.fetch_add(1, Ordering::AcqRel);
         self.refused
             .lock()
@@ -99,8 +102,20 @@ impl State {
         }
     }
 
+    /// Whether whoever serves the connection keeps nothing of it: the stream is all there is.
+    pub(crate) fn is_parked(&self) -> bool {
+        self.parked.load(Ordering::Acquire)
+    }
+
     fn end(&self, why: Ended) {
         self.ended.store(why as u8, Ordering::Release);
+    }
+}
+
+impl Active {
+    /// Why the head of this request was refused, if it was.
+    pub(crate) fn refusal(&self) -> Option<Refused> {
+        self.0.refusal()
     }
 }
 
@@ -134,7 +149,19 @@ struct Times {
     first_byte: Duration,
     head: Duration,
     idle: Duration,
+    park: Duration,
     write_stall: Duration,
+}
+
+/// How far an answer has come on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Written {
+    /// Nothing of it has been written.
+    Nothing,
+    /// Some of it may still wait.
+    Some,
+    /// Everything that was written was sent.
+    Sent,
 }
 
 /// Which limit the clock is at.
@@ -160,6 +187,10 @@ pub(crate) struct Watched<S> {
     limit: Limit,
     /// Requests that the clock knows of.
     seen: u64,
+    /// What was written since the last bytes came.
+    written: Written,
+    /// The clock is at the first part of the idle time, behind which the connection is parked.
+    parks: bool,
     clock: Pin<Box<Sleep>>,
     stalled: bool,
     stall: Pin<Box<Sleep>>,
@@ -190,6 +221,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Watched<S> {
                 first_byte: options.first_byte,
                 head: options.head,
                 idle: options.idle,
+                park: options.park.min(options.idle),
                 write_stall: options.write_stall,
             },
             passed: BytesMut::new(),
@@ -197,6 +229,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Watched<S> {
             heard: false,
             limit: Limit::None,
             seen: 0,
+            written: Written::Nothing,
+            parks: false,
             clock: far(),
             stalled: false,
             stall: far(),
@@ -210,6 +244,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Watched<S> {
     /// Bytes that have come.
     fn take(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.heard = true;
+        self.written = Written::Nothing;
+        self.state.parked.store(false, Ordering::Release);
         match &mut self.protocol {
             Protocol::One(framing) => {
                 if let Err(violation) = framing.feed(bytes, &mut self.passed) {
@@ -277,14 +313,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Watched<S> {
                 Limit::None => return Poll::Pending,
                 Limit::FirstByte => self.times.first_byte,
                 Limit::Head => self.times.head,
+                Limit::Idle if matches!(self.protocol, Protocol::One(_)) => self.times.park,
                 Limit::Idle => self.times.idle,
             };
+            self.parks = limit == Limit::Idle && time < self.times.idle;
             self.clock.as_mut().reset(Instant::now() + time);
         }
         if limit == Limit::None {
             return Poll::Pending;
         }
         ready!(self.clock.as_mut().poll(context));
+        if self.parks {
+            self.parks = false;
+            // What an answer has not sent is not to be lost.
+            let parked = self.written == Written::Sent;
+            self.state.parked.store(parked, Ordering::Release);
+            let left = self.times.idle.saturating_sub(self.times.park);
+            self.clock.as_mut().reset(Instant::now() + left);
+            ready!(self.clock.as_mut().poll(context));
+        }
         match limit {
             Limit::Head if matches!(self.protocol, Protocol::One(_)) => self.refuse(Refused::Slow),
             Limit::Idle if matches!(self.protocol, Protocol::Two(_)) => {
@@ -304,6 +351,42 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Watched<S> {
             _ => self.input = Input::Over,
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Reads until something can be handed on, or the stream has ended: then `passed` is empty.
+    fn poll_fill(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let two = matches!(self.protocol, Protocol::Two(_));
+        loop {
+            if !self.passed.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            if self.input == Input::Refused {
+                // The end of the stream would make the server drop its answer, which ends the connection anyway.
+                return Poll::Pending;
+            }
+            if self.input == Input::Over && !two {
+                return Poll::Ready(Ok(()));
+            }
+            let mut space = [std::mem::MaybeUninit::uninit(); READ];
+            let mut read = ReadBuf::uninit(&mut space);
+            match Pin::new(&mut self.stream).poll_read(context, &mut read) {
+                Poll::Ready(Ok(())) if read.filled().is_empty() => return Poll::Ready(Ok(())),
+                Poll::Ready(Ok(())) => self.take(read.filled())?,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    ready!(self.poll_clock(context))?;
+                    if self.passed.is_empty() {
+                        return Poll::Ready(Ok(()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits for bytes; whether there are any. Needs no buffer meanwhile.
+    pub(crate) async fn more(&mut self) -> io::Result<bool> {
+        std::future::poll_fn(|context| self.poll_fill(context)).await?;
+        Ok(!self.passed.is_empty())
     }
 
     /// Hands on what was checked. The end of the stream when there is nothing, and nothing comes any more.
@@ -345,33 +428,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Watched<S> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        loop {
-            if !this.passed.is_empty() {
-                this.give(buffer);
-                return Poll::Ready(Ok(()));
-            }
-            let two = matches!(this.protocol, Protocol::Two(_));
-            if this.input == Input::Refused {
-                // The end of the stream would make the server drop its answer, which ends the connection anyway.
-                return Poll::Pending;
-            }
-            if this.input == Input::Over && !two {
-                return Poll::Ready(Ok(()));
-            }
-            let mut space = [std::mem::MaybeUninit::uninit(); READ];
-            let mut read = ReadBuf::uninit(&mut space);
-            match Pin::new(&mut this.stream).poll_read(context, &mut read) {
-                Poll::Ready(Ok(())) if read.filled().is_empty() => return Poll::Ready(Ok(())),
-                Poll::Ready(Ok(())) => this.take(read.filled())?,
-                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-                Poll::Pending => {
-                    ready!(this.poll_clock(context))?;
-                    if this.passed.is_empty() {
-                        return Poll::Ready(Ok(()));
-                    }
-                }
-            }
-        }
+        ready!(this.poll_fill(context))?;
+        this.give(buffer);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -381,6 +440,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.written = Written::Some;
         let poll = Pin::new(&mut self.stream).poll_write(context, bytes);
         self.poll_stall(context, poll)
     }
@@ -390,6 +450,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.written = Written::Some;
         let poll = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
         self.poll_stall(context, poll)
     }
@@ -400,6 +461,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let poll = Pin::new(&mut self.stream).poll_flush(context);
+        if self.written == Written::Some && matches!(poll, Poll::Ready(Ok(()))) {
+            self.written = Written::Sent;
+        }
         self.poll_stall(context, poll)
     }
 

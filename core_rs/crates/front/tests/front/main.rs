@@ -5,4 +5,5 @@ mod caps;
 mod certificates;
 mod forwarding;
 mod harness;
+mod pipelined;
 mod strict;
