@@ -129,6 +129,12 @@ def handshakes() -> str:
     )
 
 
+def providers() -> str:
+    """What TLS costs a server with each crypto provider of rustls, by `core_rs/crates/front/examples/providers.rs`."""
+    command = ["cargo", "run", "--quiet", "--release", "--package", "helix-front", "--example", "providers"]
+    return subprocess.run(command, cwd=lab.ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     """Measures and writes `perf/results/front.md`."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -156,6 +162,12 @@ Goal: p99 within 10 %.
 ## Handshakes
 
 {handshakes()}
+
+## Providers
+
+What the server computes, in memory, ECDSA P-256, medians of 7 rounds in turn (`front/examples/providers.rs`):
+
+{providers()}
 """
     lab.write("front.md", text)
 
