@@ -279,12 +279,8 @@ impl<T: Unpin> HttpBody for Answer<T> {
         if self.over {
             return Poll::Ready(None);
         }
-        let mut frame = Pin::new(&mut self.body).poll_frame(context);
-        if frame.is_pending() {
-            self.lease.drive(context);
-            frame = Pin::new(&mut self.body).poll_frame(context);
-        }
-        match ready!(frame) {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        match frame {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref().filter(|data| data.has_remaining()) {
                     self.between = data.ends_with(b"\n\n");

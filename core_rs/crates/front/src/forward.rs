@@ -363,8 +363,8 @@ async fn send(
             continue;
         };
         sent += 1;
-        let Some(link) = lease.link() else { continue };
-        match link.send(request).await {
+        let Ok(sender) = lease.sender() else { continue };
+        match sender.try_send_request(request).await {
             Ok(response) => return Ok((response, lease)),
             Err(mut error) => {
                 let unsent = error.take_message();

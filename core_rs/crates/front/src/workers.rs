@@ -1,18 +1,12 @@
 //! The workers behind the front, each on a Unix socket, and connections to them that are kept.
 
-use std::future::{Future as _, poll_fn};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use http::{Request, Response};
-use hyper::body::Incoming;
-use hyper::client::conn::TrySendError;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
@@ -31,7 +25,7 @@ const BUFFER: usize = 16_384;
 pub(crate) struct Worker {
     path: PathBuf,
     active: AtomicUsize,
-    kept: Mutex<Vec<Box<Link>>>,
+    kept: Mutex<Vec<SendRequest<Body>>>,
 }
 
 /// Those that take requests now.
@@ -46,15 +40,7 @@ pub struct Workers {
 #[derive(Debug)]
 pub(crate) struct Lease {
     worker: Arc<Worker>,
-    link: Option<Box<Link>>,
-}
-
-/// A connection to a worker. It goes on while its holder waits for it: a task of its own would cost every piece of an
-/// answer a channel and a change of tasks.
-pub(crate) struct Link {
-    sender: SendRequest<Body>,
-    /// `None` once it has ended.
-    driver: Option<http1::Connection<TokioIo<UnixStream>, Body>>,
+    sender: Option<SendRequest<Body>>,
 }
 
 impl Default for Workers {
@@ -135,20 +121,20 @@ impl Worker {
     /// A connection that is kept, or a new one.
     pub(crate) async fn lease(self: &Arc<Self>) -> io::Result<Lease> {
         let mut lease = self.empty();
-        while let Some(mut link) = self.pop() {
-            if link.ready().await {
-                lease.link = Some(link);
+        while let Some(mut sender) = self.pop() {
+            if sender.ready().await.is_ok() {
+                lease.sender = Some(sender);
                 return Ok(lease);
             }
         }
-        lease.link = Some(Link::open(&self.path).await?);
+        lease.sender = Some(self.connect().await?);
         Ok(lease)
     }
 
     /// A new connection: one that was kept may have been closed meanwhile.
     pub(crate) async fn fresh(self: &Arc<Self>) -> io::Result<Lease> {
         let mut lease = self.empty();
-        lease.link = Some(Link::open(&self.path).await?);
+        lease.sender = Some(self.connect().await?);
         Ok(lease)
     }
 
@@ -156,99 +142,50 @@ impl Worker {
         self.active.fetch_add(1, Ordering::Relaxed);
         Lease {
             worker: Arc::clone(self),
-            link: None,
+            sender: None,
         }
     }
 
-    fn pop(&self) -> Option<Box<Link>> {
-        self.kept.lock().pop()
+    fn pop(&self) -> Option<SendRequest<Body>> {
+        let mut kept = self.kept.lock();
+        while let Some(sender) = kept.pop() {
+            if !sender.is_closed() {
+                return Some(sender);
+            }
+        }
+        None
     }
-}
 
-impl std::fmt::Debug for Link {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let ended = self.driver.is_none();
-        formatter
-            .debug_struct("Link")
-            .field("ended", &ended)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Link {
-    async fn open(path: &Path) -> io::Result<Box<Self>> {
-        let stream = UnixStream::connect(path).await?;
-        let (sender, driver) = http1::Builder::new()
+    async fn connect(&self) -> io::Result<SendRequest<Body>> {
+        let stream = UnixStream::connect(&self.path).await?;
+        let (sender, connection) = http1::Builder::new()
             .max_buf_size(BUFFER)
             .handshake(TokioIo::new(stream))
             .await
             .map_err(io::Error::other)?;
-        Ok(Box::new(Self {
-            sender,
-            driver: Some(driver),
-        }))
-    }
-
-    /// Reads and writes what there is; the task of `context` is woken when there is more.
-    fn drive(&mut self, context: &mut Context<'_>) {
-        let Some(driver) = &mut self.driver else {
-            return;
-        };
-        if let Poll::Ready(outcome) = Pin::new(driver).poll(context) {
-            self.driver = None;
-            if let Err(error) = outcome {
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
                 tracing::debug!(%error, "connection to a worker ended");
             }
-        }
-    }
-
-    /// Whether it takes a request; waits for the end of the one before.
-    async fn ready(&mut self) -> bool {
-        poll_fn(|context| {
-            self.drive(context);
-            if self.driver.is_none() {
-                return Poll::Ready(false);
-            }
-            self.sender.poll_ready(context).map(|ready| ready.is_ok())
-        })
-        .await
-    }
-
-    /// Sends a request; returns the head of the answer, whose body comes as long as the lease is driven.
-    ///
-    /// The error holds the request when nothing of it was sent.
-    pub(crate) async fn send(
-        &mut self,
-        request: Request<Body>,
-    ) -> Result<Response<Incoming>, Box<TrySendError<Request<Body>>>> {
-        let mut answer = pin!(self.sender.try_send_request(request));
-        poll_fn(|context| {
-            self.drive(context);
-            answer.as_mut().poll(context).map_err(Box::new)
-        })
-        .await
+        });
+        Ok(sender)
     }
 }
 
 impl Lease {
-    /// The connection; `None` once it was given back.
-    pub(crate) fn link(&mut self) -> Option<&mut Link> {
-        self.link.as_deref_mut()
-    }
-
-    /// Lets the answer go on.
-    pub(crate) fn drive(&mut self, context: &mut Context<'_>) {
-        if let Some(link) = &mut self.link {
-            link.drive(context);
-        }
+    /// What sends.
+    pub(crate) fn sender(&mut self) -> io::Result<&mut SendRequest<Body>> {
+        self.sender
+            .as_mut()
+            .ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
     /// The answer was read to its end: the connection takes another request.
     pub(crate) fn give_back(&mut self) {
-        if let Some(link) = self.link.take() {
+        if let Some(sender) = self.sender.take() {
             let mut kept = self.worker.kept.lock();
             if kept.len() < KEPT {
-                kept.push(link);
+                kept.push(sender);
             }
         }
     }
