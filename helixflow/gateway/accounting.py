@@ -4,12 +4,14 @@ import time
 from collections import Counter
 from typing import Any, Protocol
 
+import msgspec
+
 from helixflow.config import LimitsConfig
 from helixflow.core_rs import Call, CoreError
 from helixflow.gateway.auth import Principal
 from helixflow.gateway.capture import Capture
 from helixflow.gateway.http import Request
-from helixflow.ledger.record import CANCELLED, TEXT_MAX, Begin, new_id
+from helixflow.ledger.record import CANCELLED, TEXT_MAX, UNKNOWN, Begin, new_id
 from helixflow.ledger.spool import Spool
 from helixflow.limits.limiter import Limiter, Reservation
 
@@ -46,8 +48,19 @@ class Admission(Protocol):
     def capture(self) -> Capture | None:
         """Takes the texts of the request; None when they are not kept."""
 
-    def end(self, status: int, call: Call | None, error: CoreError | None = None, finish: str = "") -> None:
-        """Settles and writes the end. `finish`: the reason when it is not the call's."""
+    def end(
+        self,
+        status: int,
+        call: Call | None,
+        error: CoreError | None = None,
+        finish: str = "",
+        *,
+        nameless: bool = False,
+    ) -> None:
+        """Settles and writes the end. `finish`: the reason when it is not the call's.
+
+        `nameless`: its model's name may be anybody's invention; the row shall not have it.
+        """
 
 
 class Accountant(Protocol):
@@ -76,7 +89,15 @@ class Unmetered:
         """Nothing is kept."""
         return None
 
-    def end(self, status: int, call: Call | None, error: CoreError | None = None, finish: str = "") -> None:
+    def end(
+        self,
+        status: int,
+        call: Call | None,
+        error: CoreError | None = None,
+        finish: str = "",
+        *,
+        nameless: bool = False,
+    ) -> None:
         """Nothing to settle."""
 
 
@@ -202,8 +223,16 @@ class Admitted:
             self._captured = Capture(policy)
         return self._captured
 
-    def end(self, status: int, call: Call | None, error: CoreError | None = None, finish: str = "") -> None:
-        """Settles for what was used and writes the ledger's row, once."""
+    def end(
+        self,
+        status: int,
+        call: Call | None,
+        error: CoreError | None = None,
+        finish: str = "",
+        *,
+        nameless: bool = False,
+    ) -> None:
+        """Settles for what was used and writes the ledger's row, once. See `Admission.end`."""
         if self._ended:
             return
         self._ended = True
@@ -223,7 +252,7 @@ class Admitted:
             self._reservation.cancel()
         else:
             self._reservation.settle(prompt + completion, cost)
-        row = self.begin.row(
+        row = (msgspec.structs.replace(self.begin, model=UNKNOWN) if nameless else self.begin).row(
             finish=finish,
             error=code,
             status=status,

@@ -171,6 +171,7 @@ class Bridge:
         self._sweeping = False
         self._on_idle: Callable[[], None] | None = None
         self._names: dict[str, str] = {}
+        self._seen: set[str] = set()
         self._positions: dict[str, int] = {}
         self._variables: dict[str, frozenset[str]] = {}
         self._names_until = 0.0
@@ -229,6 +230,11 @@ class Bridge:
         self._look_up()
         return self._names.get(name, name)
 
+    def has_seen(self, name: str) -> bool:
+        """Whether a pool has had this model, or a model of this alias, since this worker started."""
+        self._look_up()
+        return name in self._seen
+
     def positions(self, name: str) -> int:
         """The most tokens that prompt and answer of this model may have; `UNBOUNDED` while no pool tells."""
         self._look_up()
@@ -244,6 +250,7 @@ class Bridge:
         if now >= self._names_until:
             models = self._client.models()
             self._names = {alias: model.id for model in models for alias in model.aliases}
+            self._seen.update(self._names, (model.id for model in models))
             self._positions = {model.id: model.max_model_len for model in models}
             self._variables = {model.id: frozenset(model.template_variables) for model in models}
             self._names_until = now + NAMES_S

@@ -9,7 +9,7 @@ import msgspec
 
 from helixflow import log
 from helixflow.config import GatewayConfig
-from helixflow.core_rs import Call, CoreError, DeadlineExceeded, GenerateRequest, InvalidRequest, Prompt
+from helixflow.core_rs import Call, CoreError, DeadlineExceeded, GenerateRequest, InvalidRequest, Prompt, Unavailable
 from helixflow.gateway import ignored, schema
 from helixflow.gateway.accounting import Accountant, Admission
 from helixflow.gateway.bridge import Bridge, Running
@@ -235,7 +235,9 @@ class Inference:
             admission.end(CLIENT_GONE, call, finish="cancelled")
             raise
         except CoreError as error:
-            admission.end(error.http_status, call, error)
+            # While no pool tells which models there are, clients could fill the ledger's sums with invented names.
+            nameless = isinstance(error, Unavailable) and not self._bridge.has_seen(request.facts.get("model", ""))
+            admission.end(error.http_status, call, error, nameless=nameless)
             raise
         except BaseException:
             admission.end(500, call, finish="error")

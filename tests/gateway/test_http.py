@@ -13,6 +13,7 @@ import pytest
 from helixflow.config import Config
 from helixflow.gateway.accounting import Unmetered
 from helixflow.gateway.auth import DevelopmentKeys
+from helixflow.gateway.board import Board
 from helixflow.gateway.services import Services
 from helixflow.pki.layout import Layout
 from tests.gateway.conftest import KEY, Served, serving
@@ -107,7 +108,7 @@ class Ledger(Services):
 def test_ready_tells_of_the_ledger(
     pki: Layout, monkeypatch: pytest.MonkeyPatch, trouble: list[str], status: int
 ) -> None:
-    async def opened(_config: Config) -> Services:
+    async def opened(_config: Config, _board: Board | None = None) -> Services:
         return Ledger(trouble)
 
     monkeypatch.setattr(Services, "open", opened)
