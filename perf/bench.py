@@ -11,6 +11,7 @@ PARTS = (
     ("perf.bench_engine", "--out", str(RESULTS / "engine.md")),
     ("perf.bench_latency",),
     ("perf.bench_fairness",),
+    ("perf.bench_spinning",),
     ("perf.bench_stores",),
     ("perf.bench_accounts",),
     ("perf.limits_proof",),
