@@ -44,6 +44,8 @@ pub(crate) struct Rated {
     failed: Failed,
     /// Tells that the worker asks for the body; before that it is not read.
     asked: Option<oneshot::Receiver<()>>,
+    /// The worker has answered without it: reading would ask the client for what nobody wants.
+    unwanted: bool,
 }
 
 impl Rated {
@@ -65,6 +67,7 @@ impl Rated {
             clock: Box::pin(tokio::time::sleep(Duration::ZERO)),
             failed,
             asked,
+            unwanted: false,
         }
     }
 
@@ -85,11 +88,11 @@ impl HttpBody for Rated {
     ) -> Poll<Option<Result<Frame<Bytes>, Fault>>> {
         let this = &mut *self;
         if let Some(asked) = &mut this.asked {
-            match ready!(Pin::new(asked).poll(context)) {
-                Ok(()) => this.asked = None,
-                // The worker has answered without it: reading would ask the client for what nobody wants.
-                Err(_) => return Poll::Pending,
-            }
+            this.unwanted = ready!(Pin::new(asked).poll(context)).is_err();
+            this.asked = None;
+        }
+        if this.unwanted {
+            return Poll::Pending;
         }
         match Pin::new(&mut this.body).poll_frame(context) {
             Poll::Ready(frame) => {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use async_compression::tokio::bufread::{GzipDecoder, GzipEncoder, ZstdEncoder};
 use helix_front::Options;
 use http::header::CONTENT_TYPE;
+use http_body_util::BodyExt as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::harness::{Stage, echo, feeding, quick, rest, script, text, until};
@@ -151,6 +152,31 @@ async fn a_worker_that_dies_before_it_answers_is_an_error_that_may_be_tried_agai
         none.starts_with("HTTP/1.1 503") && none.contains("no worker"),
         "{none}"
     );
+}
+
+#[tokio::test]
+async fn a_body_that_was_waited_for_and_is_not_wanted_breaks_no_connection() {
+    let mut stage = Stage::plain(quick());
+    let (ended, mut ends) = tokio::sync::mpsc::channel(1);
+    stage.worker(script(move |request| {
+        let ended = ended.clone();
+        async move {
+            tokio::spawn(async move {
+                request.into_body().collect().await.ok();
+                ended.send(()).await
+            });
+            text("early")
+        }
+    }));
+    let mut stream = stage.connect().await;
+    let head =
+        "POST / HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 300000\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let answer = until(&mut stream, "early").await;
+    assert!(!answer.contains("100 Continue"), "{answer}");
+    // The worker still waits for it: its connection is as it was.
+    let over = tokio::time::timeout(Duration::from_millis(300), ends.recv()).await;
+    assert!(over.is_err(), "the connection to the worker broke");
 }
 
 #[tokio::test]
