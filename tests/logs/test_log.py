@@ -107,8 +107,10 @@ def test_the_terminal_of_others_is_left_as_it_is() -> None:
 
 
 def test_a_fork_has_a_queue_of_its_own() -> None:
-    found = lines(run("forks").stderr)
-    assert [line["event"] for line in found] == ["parent before", "child", "parent after"]
+    found = [line["event"] for line in lines(run("forks").stderr)]
+    assert sorted(found) == ["child", "parent after", "parent before"], "each line is written once"
+    # Between two processes no order is promised: each has a queue that gathers for a moment.
+    assert found.index("parent before") < found.index("parent after")
 
 
 def test_this_process_counts_nothing_lost() -> None:
