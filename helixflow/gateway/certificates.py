@@ -1,5 +1,6 @@
 """The gateway's certificate files: verified before anything reads them, watched afterwards, kept in memory."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ _kept: dict[Path, Path] = {}
 def keep(contents: Mapping[Path, bytes]) -> dict[str, int]:
     """Files in memory with these contents, to be handed down: descriptors by path. Raises OSError."""
     kept = {}
-    for path, content in contents.items():
-        number = kept[str(path)] = os.memfd_create("helixflow-certificate")
-        os.fchmod(number, 0o600)
-        os.write(number, content)
+    with contextlib.ExitStack() as undo:
+        for path, content in contents.items():
+            number = kept[str(path)] = os.memfd_create("helixflow-certificate")
+            undo.callback(os.close, number)
+            os.fchmod(number, 0o600)
+            os.write(number, content)
+        undo.pop_all()
     return kept
 
 

@@ -1,5 +1,6 @@
 """The main process of the gateway: its front door, and the workers behind it."""
 
+import contextlib
 import math
 import os
 import selectors
@@ -261,30 +262,45 @@ class Workers:
     def _fill(self, kept: dict[Path, bytes] | None = None) -> None:
         """Starts the workers that are missing. `kept`: what they read instead of certificate files."""
         for _ in range(self._config.gateway.workers - len(self._children)):
-            self._spawn(keep(kept or {}))
+            with contextlib.ExitStack() as held:
+                numbers = keep(kept or {})
+                for number in numbers.values():
+                    held.callback(os.close, number)
+                self._spawn(numbers)
 
     def _spawn(self, kept: dict[str, int]) -> None:
-        mine, theirs = socket.socketpair()
-        stacks = Stacks()
+        """Starts one worker. Raises OSError and then leaves nothing behind, for it is tried again and again."""
+        with contextlib.ExitStack() as undo:
+            mine, theirs = socket.socketpair()
+            undo.callback(mine.close)
+            with theirs:
+                stacks = Stacks()
+                undo.callback(stacks.close)
+                plan, process = self._start(theirs.fileno(), stacks.fileno(), kept)
+            undo.callback(process.wait)
+            undo.callback(process.kill)
+            end = os.pidfd_open(process.pid)
+            undo.pop_all()
+        now = time.monotonic()
+        watch = Watch(self._config.supervise.stall_timeout_s)
+        child = Child(process, Path(plan.path), mine, end, now, now + START_S, stacks, watch)
+        self._children.append(child)
+        self._selector.register(mine, selectors.EVENT_READ, lambda: self._on_message(child))
+        self._selector.register(child.end, selectors.EVENT_READ, lambda: self._on_exit(child))
+
+    def _start(self, control: int, stacks: int, kept: dict[str, int]) -> tuple[worker.Plan, "subprocess.Popen[bytes]"]:
+        """The process of a worker, and what it was told."""
         self._born += 1
         path = self._folder / f"{self._born}.sock"
         board = self._board.fileno()
-        plan = worker.Plan(str(path), theirs.fileno(), stacks.fileno(), board, os.getpid(), self._connect, kept)
+        plan = worker.Plan(str(path), control, stacks, board, os.getpid(), self._connect, kept)
         process = subprocess.Popen(
             [sys.executable, "-m", "helixflow.gateway.worker"],
             env={**_general(), **as_environment("gateway", self._config), worker.PLAN: plan.dumps()},
             stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), stacks.fileno(), board, *kept.values()),
+            pass_fds=(control, stacks, board, *kept.values()),
         )
-        theirs.close()
-        for number in kept.values():
-            os.close(number)
-        now = time.monotonic()
-        watch = Watch(self._config.supervise.stall_timeout_s)
-        child = Child(process, path, mine, os.pidfd_open(process.pid), now, now + START_S, stacks, watch)
-        self._children.append(child)
-        self._selector.register(mine, selectors.EVENT_READ, lambda: self._on_message(child))
-        self._selector.register(child.end, selectors.EVENT_READ, lambda: self._on_exit(child))
+        return plan, process
 
     def _promote(self) -> None:
         """A worker is ready: it gets requests. The front opens with the last of the first."""

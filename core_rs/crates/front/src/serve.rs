@@ -375,6 +375,7 @@ async fn serve_one<S>(
     let mut leave = std::pin::pin!(farewell(shared, shown).fuse());
     loop {
         let more = tokio::select! {
+            biased; // what has come is answered, also in the moment of a farewell
             more = stream.more() => more,
             () = leave.as_mut() => Ok(false),
         };
